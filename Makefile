@@ -1,0 +1,118 @@
+# For a Debian or Ubuntu machine with Python >= 3.10, a C++17 compiler and make; `make help` lists
+# the targets.
+
+PYTHON ?= python3
+VENV ?= .venv
+# The tested release. `make test TORCH=torch==2.12.1` installs another, also into an existing .venv.
+TORCH ?= torch==2.13.0
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+TRANSFORMERS ?= transformers==5.23.0
+PYTEST_ARGS ?=
+FUZZ_ARGS ?=
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+.PHONY: help venv install demo test sanitize clean distclean FORCE
+
+BIN := $(abspath $(VENV))/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+CLI := $(BIN)/hf-fusion
+RESULTS := build/demo
+DEMO_RUNGS := stock,attention,attention+up,full
+SOURCES := CMakeLists.txt pyproject.toml $(wildcard README.md LICENSE) \
+  $(shell find csrc hf_fusion patches -type f -not -path '*/__pycache__/*')
+CMAKE := $(shell command -v cmake || echo $(BIN)/cmake)
+OWN_CMAKE := $(filter $(BIN)/%,$(CMAKE))
+# GCC 12's ThreadSanitizer finds no room for its shadow where the kernel randomises 32 address bits.
+FIXED_ADDRESSES := $(shell setarch -R true 2>/dev/null && echo setarch -R)
+
+help:
+	@echo 'make demo       set up .venv, build, run the ablation and the perplexity parity'
+	@echo '                (tables, JSON and plots in $(RESULTS))'
+	@echo 'make test       set up .venv, build, run the test suite'
+	@echo 'make sanitize   native cases under address, undefined-behaviour and thread sanitizers'
+	@echo 'make venv       .venv with torch; make install: with this package, not editable'
+	@echo 'make clean      remove build/ and caches; make distclean: .venv as well'
+	@echo 'Variables: PYTHON VENV TORCH TORCH_INDEX TRANSFORMERS PYTEST_ARGS FUZZ_ARGS'
+
+venv: $(VENV)/torch.stamp
+install: $(VENV)/install.stamp
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 10) or sys.exit( \
+	  f"Python is {v[0]}.{v[1]}: expected 3.10 or later, see make PYTHON=python3.x")'
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+	  echo 'cannot create $(VENV); on Debian and Ubuntu: apt-get install python3-venv' >&2; exit 1; }
+
+# Changes only with the requirements, so that another TORCH or TRANSFORMERS installs again.
+$(VENV)/wanted: FORCE | $(VENV)/bin/python
+	@[[ -f $@ && $$(<$@) == '$(TORCH) $(TRANSFORMERS)' ]] || echo '$(TORCH) $(TRANSFORMERS)' >$@
+
+# PyPI's torch for Linux brings gigabytes of CUDA libraries. Without a GPU, in this order: a wheel
+# that pip's find-links has at hand, PyTorch's own index of CPU wheels, PyPI. A torch that is
+# already there stays, unless TORCH is given.
+$(VENV)/torch.stamp: $(VENV)/wanted
+	@if [[ '$(origin TORCH)' == file ]] && $(BIN)/python -c 'import torch' 2>/dev/null; then \
+	  echo 'the torch in $(VENV) stays'; \
+	elif command -v nvidia-smi >/dev/null; then \
+	  $(PIP) install '$(TORCH)'; \
+	elif $(PIP) install --quiet --no-index --no-deps '$(TORCH)' 2>/dev/null; then \
+	  $(PIP) install --quiet '$(TORCH)'; \
+	else \
+	  $(PIP) install --retries 1 --timeout 15 --index-url '$(TORCH_INDEX)' '$(TORCH)' || \
+	    { echo 'no CPU wheel; taking the default build' >&2; $(PIP) install '$(TORCH)'; }; \
+	fi
+	@$(BIN)/python -W ignore -c 'import torch; print("torch", torch.__version__)'
+	@touch $@
+
+# Not editable: what is tested is what a user installs.
+$(VENV)/install.stamp: $(VENV)/torch.stamp $(SOURCES)
+	@[[ -n "$${CXX:-}" ]] || command -v c++ g++ clang++ >/dev/null || { \
+	  echo 'no C++ compiler; on Debian and Ubuntu: apt-get install g++' >&2; exit 1; }
+	$(PIP) install --quiet '$(TRANSFORMERS)' '.[harness,test]'
+	@touch $@
+
+# Inside tests/, so that Python imports the installed package and not this tree.
+test: $(VENV)/install.stamp | $(OWN_CMAKE)
+	cd tests && $(BIN)/pytest $(PYTEST_ARGS)
+
+demo: $(VENV)/install.stamp
+	@mkdir -p $(RESULTS)
+	$(CLI) info
+	$(CLI) ablate --model tiny --dtype fp32 --rungs $(DEMO_RUNGS) \
+	  --json $(RESULTS)/tiny.json --plot $(RESULTS)/tiny.png
+	$(CLI) ablate --model pythia-70m --dtype bf16 --rungs $(DEMO_RUNGS) \
+	  --json $(RESULTS)/pythia-70m.json --plot $(RESULTS)/pythia-70m.png
+	$(CLI) perplexity --model tiny --dtype fp32 --rungs attention,attention+up,full --windows 4 \
+	  --json $(RESULTS)/perplexity-fp32.json
+	$(CLI) perplexity --model tiny --dtype bf16 --windows 4 \
+	  --json $(RESULTS)/perplexity-bf16.json
+	@echo 'results and plots: $(RESULTS)'
+
+$(BIN)/cmake: | $(VENV)/bin/python
+	$(PIP) install --quiet 'cmake>=3.18'
+
+export ASAN_OPTIONS ?= detect_leaks=1
+export UBSAN_OPTIONS ?= print_stacktrace=1
+export TSAN_OPTIONS ?= halt_on_error=1
+
+sanitize: build/address/hff_cases build/thread/hff_cases
+	build/address/hff_cases test
+	build/address/hff_cases fuzz $(FUZZ_ARGS)
+	$(FIXED_ADDRESSES) build/thread/hff_cases test
+
+build/address/hff_cases: SANITIZERS := address,undefined
+build/thread/hff_cases: SANITIZERS := thread
+build/address/hff_cases build/thread/hff_cases: FORCE | $(OWN_CMAKE)
+	$(CMAKE) -S . -B $(@D) -DCMAKE_BUILD_TYPE=Release -DHFF_TESTS=ON -DHFF_FAULTS=ON \
+	  -DHFF_SANITIZE=$(SANITIZERS)
+	$(CMAKE) --build $(@D) --parallel $(shell nproc) --target hff_cases
+
+clean:
+	rm -rf build .pytest_cache .hypothesis tests/.pytest_cache tests/.hypothesis
+	find . -path ./$(VENV) -prune -o -type d -name __pycache__ -exec rm -rf {} +
+
+distclean: clean
+	rm -rf $(VENV)

@@ -1,0 +1,123 @@
+// The boundary: every struct is proven against its own buffers before a back end sees it, and no
+// exception leaves. Nothing has been written when a call fails.
+#include "abi_checks.h"
+
+namespace hff {
+namespace {
+
+// The back end's entry for a proven call.
+template <class Entry, class... Arguments>
+hff_status dispatch(Entry Backend::* entry, const Arguments&... arguments) {
+  const Backend* backend = cpu_backend();
+  if (backend == nullptr) return HFF_UNSUPPORTED;  // hff_isa() has said why
+  if (backend->*entry == nullptr)
+    return fail(HFF_UNSUPPORTED, "%s has no kernel for this call", hff_isa());
+  return (backend->*entry)(arguments...);
+}
+
+constexpr int64_t kAnyRows = INT64_MAX;
+
+constexpr uint64_t kStructSizes[] = {
+    sizeof(hff_input),        sizeof(hff_output),    sizeof(hff_linear), sizeof(hff_norm),
+    sizeof(hff_heads),        sizeof(hff_block),     sizeof(hff_cache),  sizeof(hff_mask),
+    sizeof(hff_call),         sizeof(hff_block_io),  sizeof(hff_model),  sizeof(hff_decode_io),
+    sizeof(hff_attention_io), sizeof(hff_linear_io), sizeof(hff_norm_io)};
+
+}  // namespace
+}  // namespace hff
+
+using namespace hff;  // NOLINT: the entry points below read as the checks above
+
+extern "C" {
+
+int32_t hff_abi_version(void) { return HFF_ABI_VERSION; }
+
+uint64_t hff_struct_size(int32_t index) {
+  return index >= 0 && index < int32_t(sizeof(kStructSizes) / sizeof(kStructSizes[0]))
+             ? kStructSizes[index]
+             : 0;
+}
+
+hff_status hff_decode(const hff_call* call, const hff_model* model, const hff_cache* caches,
+                      const hff_decode_io* io) {
+  HFF_REQUIRE(call != nullptr && model != nullptr && io != nullptr,
+              "a struct of hff_decode is null");
+  HFF_TRY(check_call(*call, HFF_MAX_ROWS));
+  HFF_TRY(check_model(*model, *call, caches));
+  HFF_TRY(check_decode_io(*io, *call, *model));
+  return dispatch(&Backend::decode, *call, *model, caches, *io);
+}
+
+hff_status hff_block_forward(const hff_call* call, const hff_block* block, const hff_cache* cache,
+                             const hff_block_io* io) {
+  HFF_REQUIRE(call != nullptr && block != nullptr && cache != nullptr && io != nullptr,
+              "a struct of hff_block_forward is null");
+  HFF_TRY(check_call(*call, HFF_MAX_ROWS));
+  HFF_TRY(check_block(*block, *call, block->hidden));
+  HFF_TRY(check_block_io(*io, *call, *block));
+  HFF_TRY(check_cache(*cache, *call, block->heads));
+  HFF_TRY(check_positions(*call, block->heads.rotary_dim));
+  return dispatch(&Backend::block, *call, *block, *cache, *io);
+}
+
+hff_status hff_attention_forward(const hff_call* call, const hff_heads* heads,
+                                 const hff_cache* cache, const hff_attention_io* io) {
+  HFF_REQUIRE(call != nullptr && heads != nullptr && cache != nullptr && io != nullptr,
+              "a struct of hff_attention_forward is null");
+  HFF_TRY(check_call(*call, kAnyRows));
+  HFF_TRY(check_heads(*heads));
+  HFF_TRY(check_attention_io(*io, *call, *heads));
+  HFF_TRY(check_cache(*cache, *call, *heads));
+  HFF_TRY(check_positions(*call, heads->rotary_dim));
+  return dispatch(&Backend::attention, *call, *heads, *cache, *io);
+}
+
+hff_status hff_linear_forward(const hff_linear* linear, const hff_linear_io* io) {
+  HFF_REQUIRE(linear != nullptr && io != nullptr, "a struct of hff_linear_forward is null");
+  HFF_REQUIRE(io->struct_size == sizeof(hff_linear_io),
+              "hff_linear_io has another size for the caller");
+  HFF_TRY(check_dtype(io->dtype));
+  HFF_TRY(check_threads(io->threads));
+  HFF_TRY(check_activation(io->activation));
+  const int64_t size = element_bytes(io->dtype);
+  HFF_TRY(check_linear(*linear, linear->rows, linear->cols, size, "linear"));
+  HFF_REQUIRE(io->rows >= 0, "rows is %lld", shown(io->rows));
+  if (io->rows == 0) return HFF_OK;
+  HFF_TRY(check_buffer(io->x, Size(io->rows) * Size(linear->cols), size, "x"));
+  HFF_TRY(check_buffer(io->out, Size(io->rows) * Size(linear->rows), size, "out"));
+  return dispatch(&Backend::linear, *linear, *io);
+}
+
+hff_status hff_norm_forward(const hff_norm* norm, const hff_norm_io* io) {
+  HFF_REQUIRE(norm != nullptr && io != nullptr, "a struct of hff_norm_forward is null");
+  HFF_REQUIRE(io->struct_size == sizeof(hff_norm_io),
+              "hff_norm_io has another size for the caller");
+  HFF_TRY(check_dtype(io->dtype));
+  HFF_TRY(check_threads(io->threads));
+  const int64_t size = element_bytes(io->dtype);
+  HFF_REQUIRE(io->rows >= 0 && io->hidden >= 1, "rows is %lld and hidden %lld", shown(io->rows),
+              shown(io->hidden));
+  HFF_TRY(check_norm(*norm, io->hidden, size, "norm"));
+  if (io->rows == 0) return HFF_OK;
+  HFF_TRY(check_buffer(io->x, Size(io->rows) * Size(io->hidden), size, "x"));
+  HFF_TRY(check_buffer(io->out, Size(io->rows) * Size(io->hidden), size, "out"));
+  return dispatch(&Backend::norm, *norm, *io);
+}
+
+hff_status hff_advance(const hff_cache* caches, int64_t count, int64_t tokens) {
+  HFF_REQUIRE(caches != nullptr && count >= 0 && tokens >= 0,
+              "caches are null, or count %lld or tokens %lld negative", shown(count),
+              shown(tokens));
+  for (int64_t i = 0; i < count; ++i) {
+    HFF_REQUIRE(caches[i].length != nullptr, "length of cache %lld is null", shown(i));
+    if (!(Size(*caches[i].length) + Size(tokens)).fits(caches[i].capacity)) {
+      return fail(HFF_OUT_OF_RANGE,
+                  "cache %lld has room for %lld tokens, holds %lld and should count %lld more",
+                  shown(i), shown(caches[i].capacity), shown(*caches[i].length), shown(tokens));
+    }
+  }
+  for (int64_t i = 0; i < count; ++i) *caches[i].length += tokens;
+  return HFF_OK;
+}
+
+}  // extern "C"

@@ -1,0 +1,25 @@
+// The table a back end fills. abi.cc has validated every argument; a null entry means unsupported.
+#pragma once
+
+#include "include/hf_fusion.h"
+
+namespace hff {
+
+struct Backend {
+  hff_status (*decode)(const hff_call&, const hff_model&, const hff_cache*, const hff_decode_io&);
+  hff_status (*block)(const hff_call&, const hff_block&, const hff_cache&, const hff_block_io&);
+  hff_status (*attention)(const hff_call&, const hff_heads&, const hff_cache&,
+                          const hff_attention_io&);
+  hff_status (*linear)(const hff_linear&, const hff_linear_io&);
+  hff_status (*norm)(const hff_norm&, const hff_norm_io&);
+  void (*read_stream)(const void* data, int64_t bytes, int32_t threads);
+};
+
+// The CPU back end under the chosen instruction set; chooses on first use. Null if HF_FUSION_ISA
+// cannot be had.
+const Backend* cpu_backend();
+
+// Keeps one sentence for hff_last_error() of this thread and returns `status`.
+hff_status fail(hff_status status, const char* format, ...) __attribute__((format(printf, 2, 3)));
+
+}  // namespace hff

@@ -1,0 +1,223 @@
+// Chooses the instruction set once, and holds what all of them share: scratch, huge pages, the read
+// stream, errors.
+#include "backend.h"
+
+#include <atomic>
+#include <cstdarg>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <ctime>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#include <unistd.h>
+#endif
+
+#include "cpu/arena.h"
+#include "cpu/team.h"
+
+namespace hff {
+
+#define HFF_DECLARE_ISA(isa)     \
+  namespace isa {                \
+  extern const Backend kBackend; \
+  }
+HFF_DECLARE_ISA(scalar)
+#if defined(HFF_X86_KERNELS)
+HFF_DECLARE_ISA(avx2)
+HFF_DECLARE_ISA(avx512)
+HFF_DECLARE_ISA(avx512_bf16)
+#endif
+
+namespace {
+
+struct Isa {
+  const char* name;
+  const Backend* backend;    // null: not in this build
+  const char* (*missing)();  // null result: this CPU has it
+};
+
+const char* nothing_missing() { return nullptr; }
+
+#if defined(HFF_X86_KERNELS)
+// __builtin_cpu_supports asks the operating system's XCR0 too, so a state the kernel does not save
+// counts as absent.
+const char* missing_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                 __builtin_cpu_supports("f16c")
+             ? nullptr
+             : "this CPU lacks AVX2, FMA or F16C";
+}
+const char* missing_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                 __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")
+             ? missing_avx2()
+             : "this CPU lacks AVX-512 F, BW, DQ or VL";
+}
+const char* missing_avx512_bf16() {
+  return __builtin_cpu_supports("avx512bf16") ? missing_avx512() : "this CPU lacks AVX512_BF16";
+}
+const Isa kIsas[] = {{"scalar", &scalar::kBackend, nothing_missing},
+                     {"avx2", &avx2::kBackend, missing_avx2},
+                     {"avx512", &avx512::kBackend, missing_avx512},
+                     {"avx512_bf16", &avx512_bf16::kBackend, missing_avx512_bf16}};
+#else
+const char* not_x86() { return "built for another architecture than x86-64"; }
+const Isa kIsas[] = {{"scalar", &scalar::kBackend, nothing_missing},
+                     {"avx2", nullptr, not_x86},
+                     {"avx512", nullptr, not_x86},
+                     {"avx512_bf16", nullptr, not_x86}};
+#endif
+constexpr int kIsaCount = sizeof(kIsas) / sizeof(kIsas[0]);
+
+std::atomic<const Isa*> g_isa{nullptr};
+thread_local char t_error[512] = "";
+
+const Isa* best_isa() {
+  const Isa* best = &kIsas[0];
+  for (const Isa& isa : kIsas) {
+    if (isa.missing() == nullptr) best = &isa;
+  }
+  return best;
+}
+
+struct ScratchBlock {
+  void* base = nullptr;
+  int64_t bytes = 0;
+  ~ScratchBlock() { std::free(base); }
+};
+thread_local ScratchBlock t_scratch;
+
+#if defined(HFF_FAULTS)
+std::atomic<int64_t> g_fail_allocation{0};
+#endif
+
+}  // namespace
+
+hff_status fail(hff_status status, const char* format, ...) {
+  va_list arguments;
+  va_start(arguments, format);
+  std::vsnprintf(t_error, sizeof(t_error), format, arguments);
+  va_end(arguments);
+  return status;
+}
+
+void* thread_scratch(int64_t bytes) {
+#if defined(HFF_FAULTS)
+  if (g_fail_allocation.load() > 0 && g_fail_allocation.fetch_sub(1) == 1) return nullptr;
+#endif
+  if (t_scratch.base != nullptr && t_scratch.bytes >= bytes) return t_scratch.base;
+  const Size rounded = padded(Size(bytes < 4096 ? 4096 : bytes));
+  void* base =
+      rounded.ok() ? std::aligned_alloc(64, static_cast<size_t>(rounded.value())) : nullptr;
+  if (base == nullptr) return nullptr;
+  std::free(t_scratch.base);
+  t_scratch.base = base;
+  t_scratch.bytes = rounded.value();
+  return base;
+}
+
+const Backend* cpu_backend() {
+  if (hff_isa() == nullptr) return nullptr;
+  return g_isa.load(std::memory_order_acquire)->backend;
+}
+
+}  // namespace hff
+
+extern "C" {
+
+const char* hff_last_error(void) { return hff::t_error; }
+
+const char* hff_isa_name(int32_t index, const char** reason) {
+  if (index < 0 || index >= hff::kIsaCount) return nullptr;
+  if (reason != nullptr) *reason = hff::kIsas[index].missing();
+  return hff::kIsas[index].name;
+}
+
+hff_status hff_select_isa(const char* name) {
+  if (name == nullptr) name = std::getenv("HF_FUSION_ISA");
+  if (name == nullptr || *name == '\0') {
+    hff::g_isa.store(hff::best_isa(), std::memory_order_release);
+    return HFF_OK;
+  }
+  for (const hff::Isa& isa : hff::kIsas) {
+    if (std::strcmp(isa.name, name) != 0) continue;
+    const char* missing = isa.missing();
+    if (missing != nullptr) {
+      return hff::fail(HFF_UNSUPPORTED, "instruction set %s was asked for, but %s", name, missing);
+    }
+    hff::g_isa.store(&isa, std::memory_order_release);
+    return HFF_OK;
+  }
+  return hff::fail(
+      HFF_UNSUPPORTED,
+      "instruction set '%.64s' is unknown; expected scalar, avx2, avx512 or avx512_bf16", name);
+}
+
+const char* hff_isa(void) {
+  const hff::Isa* isa = hff::g_isa.load(std::memory_order_acquire);
+  if (isa == nullptr) {
+    if (hff_select_isa(nullptr) != HFF_OK) return nullptr;
+    isa = hff::g_isa.load(std::memory_order_acquire);
+  }
+  return isa->name;
+}
+
+hff_status hff_use_openmp(void* parallel, void* thread_num, void* num_threads) {
+  if (parallel == nullptr && thread_num == nullptr && num_threads == nullptr) {
+    hff::use_openmp(nullptr);
+    return HFF_OK;
+  }
+  if (parallel == nullptr || thread_num == nullptr || num_threads == nullptr) {
+    return hff::fail(HFF_INVALID, "hff_use_openmp takes three functions or none");
+  }
+  hff::OpenMp openmp;
+  std::memcpy(&openmp.parallel, &parallel, sizeof(parallel));
+  std::memcpy(&openmp.thread, &thread_num, sizeof(thread_num));
+  std::memcpy(&openmp.width, &num_threads, sizeof(num_threads));
+  hff::use_openmp(&openmp);
+  return HFF_OK;
+}
+
+int64_t hff_huge_pages(const void* data, int64_t bytes) {
+#if defined(__linux__)
+  constexpr int64_t kHuge = 2 << 20;
+  constexpr int kCollapse = 25;  // MADV_COLLAPSE, Linux 6.1
+  if (data == nullptr || bytes < kHuge) return 0;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kHuge - 1) & ~uintptr_t(kHuge - 1);
+  const uintptr_t end =
+      (reinterpret_cast<uintptr_t>(data) + static_cast<uintptr_t>(bytes)) & ~uintptr_t(kHuge - 1);
+  if (end <= begin) return 0;
+  int64_t backed = 0;
+  for (uintptr_t at = begin; at < end; at += kHuge) {
+    if (madvise(reinterpret_cast<void*>(at), kHuge, kCollapse) == 0)
+      backed += kHuge;
+    else if (backed == 0)
+      return 0;  // not to be had here: do not ask again for every page
+  }
+  return backed;
+#else
+  (void)data;
+  (void)bytes;
+  return 0;
+#endif
+}
+
+double hff_read_stream(const void* data, int64_t bytes, int32_t threads) {
+  const hff::Backend* backend = hff::cpu_backend();
+  if (data == nullptr || bytes <= 0 || threads < 1 || backend == nullptr) return 0.0;
+  timespec before, after;
+  clock_gettime(CLOCK_MONOTONIC, &before);
+  backend->read_stream(data, bytes, threads);
+  clock_gettime(CLOCK_MONOTONIC, &after);
+  return static_cast<double>(after.tv_sec - before.tv_sec) +
+         1e-9 * static_cast<double>(after.tv_nsec - before.tv_nsec);
+}
+
+#if defined(HFF_FAULTS)
+// The k-th scratch request from now fails; 0 disarms.
+HFF_API void hff_fault_allocation(int64_t k) { hff::g_fail_allocation.store(k); }
+#endif
+
+}  // extern "C"

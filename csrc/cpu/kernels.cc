@@ -1,0 +1,67 @@
+// Compiled once per instruction set: HFF_ISA names the namespace and the table. Nothing here has
+// external linkage but the table, and nothing of the C++ library is instantiated, so that no wider
+// instruction leaks into common code.
+#include <atomic>
+#include <cstdint>
+#include <cstring>
+#include <new>
+
+#include "backend.h"
+#include "cpu/arena.h"
+#include "cpu/team.h"
+#include "cpu/types.h"
+
+#include "cpu/vec-inl.h"
+
+#include "cpu/norm-inl.h"
+
+#include "cpu/gemv-inl.h"
+
+#include "cpu/attention-inl.h"
+
+#include "cpu/flash-inl.h"
+
+#include "cpu/block-inl.h"
+
+#include "cpu/decode-inl.h"
+
+#include "cpu/stream-inl.h"
+
+namespace hff {
+namespace HFF_ISA {
+
+// Calls Function<T>(arguments...) for the T that dtype names; abi.cc has checked that it names one.
+#define HFF_DISPATCH(dtype, function, ...) \
+  switch (dtype) {                         \
+    case HFF_F32:                          \
+      return function<float>(__VA_ARGS__); \
+    case HFF_BF16:                         \
+      return function<bf16>(__VA_ARGS__);  \
+    default:                               \
+      return function<f16>(__VA_ARGS__);   \
+  }
+
+static hff_status decode(const hff_call& call, const hff_model& model, const hff_cache* caches,
+                         const hff_decode_io& io) {
+  HFF_DISPATCH(call.dtype, decode_call, call, model, caches, io);
+}
+static hff_status block(const hff_call& call, const hff_block& layer, const hff_cache& cache,
+                        const hff_block_io& io) {
+  HFF_DISPATCH(call.dtype, block_call, call, layer, cache, io);
+}
+static hff_status attention(const hff_call& call, const hff_heads& heads, const hff_cache& cache,
+                            const hff_attention_io& io) {
+  HFF_DISPATCH(call.dtype, attention_call, call, heads, cache, io);
+}
+static hff_status linear(const hff_linear& layer, const hff_linear_io& io) {
+  HFF_DISPATCH(io.dtype, linear_call, layer, io);
+}
+static hff_status norm(const hff_norm& layer, const hff_norm_io& io) {
+  HFF_DISPATCH(io.dtype, norm_call, layer, io);
+}
+
+extern const Backend kBackend;
+const Backend kBackend = {decode, block, attention, linear, norm, read_stream};
+
+}  // namespace HFF_ISA
+}  // namespace hff

@@ -1,0 +1,344 @@
+// The thin vector type. Compiled once per instruction set inside namespace HFF_ISA; everything has
+// internal linkage, so that no function built for AVX-512 can be linked into a path that a lesser
+// CPU runs.
+// F holds kLanes floats. load/store convert between memory types (float, bf16, f16) and F; *_n
+// touch exactly n elements and read the rest as zero. sum() adds in a fixed tree. Loads of bf16 and
+// f16 are exact, stores round to nearest even.
+
+#define HFF_INLINE static inline __attribute__((always_inline))
+
+#if defined(__AVX2__) || defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+namespace hff {
+namespace HFF_ISA {
+
+// ---- scalar conversions -------------------------------------------------------------------------
+
+HFF_INLINE float bits_to_float(uint32_t bits) {
+  float out;
+  std::memcpy(&out, &bits, 4);
+  return out;
+}
+HFF_INLINE uint32_t float_to_bits(float x) {
+  uint32_t out;
+  std::memcpy(&out, &x, 4);
+  return out;
+}
+HFF_INLINE float to_float(float x) { return x; }
+HFF_INLINE float to_float(bf16 x) { return bits_to_float(uint32_t{x.bits} << 16); }
+HFF_INLINE float to_float(f16 x) {
+  const uint32_t sign = uint32_t(x.bits & 0x8000) << 16, body = x.bits & 0x7fff;
+  if (body >= 0x7c00) {  // inf, NaN
+    return bits_to_float(sign | 0x7f800000 | (body & 0x3ff) << 13 | (body > 0x7c00 ? 1u << 22 : 0));
+  }
+  // The exponent is rebiased by an exact multiplication, which also normalises subnormals.
+  return bits_to_float(sign | float_to_bits(bits_to_float(body << 13) * 0x1p112f));
+}
+HFF_INLINE void from_float(float x, float* out) { *out = x; }
+HFF_INLINE void from_float(float x, bf16* out) {
+  const uint32_t bits = float_to_bits(x);
+  const bool nan = (bits & 0x7fffffff) > 0x7f800000;
+  out->bits =
+      nan ? uint16_t(bits >> 16 | 0x40) : uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+HFF_INLINE void from_float(float x, f16* out) {
+  const uint32_t bits = float_to_bits(x), sign = bits >> 16 & 0x8000, body = bits & 0x7fffffff;
+  if (body > 0x7f800000) {
+    out->bits = uint16_t(sign | 0x7e00 | (body >> 13 & 0x3ff));
+  } else if (body >= 0x477ff000) {  // rounds past 65504
+    out->bits = uint16_t(sign | 0x7c00);
+  } else if (body < 0x38800000) {  // subnormal in f16: let the float adder round at bit 2^-24
+    const float shifted = bits_to_float(body) + 0.5f;
+    out->bits = uint16_t(sign | (float_to_bits(shifted) - 0x3f000000));
+  } else {
+    const uint32_t rebiased = body - 0x38000000;
+    out->bits = uint16_t(sign | (rebiased + 0xfff + (rebiased >> 13 & 1)) >> 13);
+  }
+}
+
+#if defined(__AVX512F__)
+// ---- AVX-512 ------------------------------------------------------------------------------------
+
+constexpr int kLanes = 16;
+struct F {
+  __m512 v;
+};
+HFF_INLINE __mmask16 first(int64_t n) {
+  return n >= 16 ? __mmask16(0xffff) : __mmask16((1u << n) - 1);
+}
+HFF_INLINE F zero() { return {_mm512_setzero_ps()}; }
+HFF_INLINE F set1(float x) { return {_mm512_set1_ps(x)}; }
+HFF_INLINE F add(F a, F b) { return {_mm512_add_ps(a.v, b.v)}; }
+HFF_INLINE F sub(F a, F b) { return {_mm512_sub_ps(a.v, b.v)}; }
+HFF_INLINE F mul(F a, F b) { return {_mm512_mul_ps(a.v, b.v)}; }
+HFF_INLINE F div(F a, F b) { return {_mm512_div_ps(a.v, b.v)}; }
+HFF_INLINE F fma(F a, F b, F c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+HFF_INLINE F max(F a, F b) { return {_mm512_max_ps(a.v, b.v)}; }  // b where either is NaN
+HFF_INLINE F abs(F a) { return {_mm512_abs_ps(a.v)}; }
+HFF_INLINE F round(F a) {
+  return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+}
+HFF_INLINE F select_lt(F a, F b, F yes, F no) {
+  return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ), no.v, yes.v)};
+}
+HFF_INLINE F pow2(F n) {  // n integral in [-126, 127]
+  const __m512i e = _mm512_add_epi32(_mm512_cvtps_epi32(n.v), _mm512_set1_epi32(127));
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(e, 23))};
+}
+HFF_INLINE float sum(F a) {
+  const __m256 half =
+      _mm256_add_ps(_mm512_castps512_ps256(a.v),
+                    _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(a.v), 1)));
+  __m128 quarter = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+  quarter = _mm_add_ps(quarter, _mm_movehl_ps(quarter, quarter));
+  return _mm_cvtss_f32(_mm_add_ss(quarter, _mm_movehdup_ps(quarter)));
+}
+
+HFF_INLINE F load(const float* p) { return {_mm512_loadu_ps(p)}; }
+HFF_INLINE F load_n(const float* p, int64_t n) { return {_mm512_maskz_loadu_ps(first(n), p)}; }
+HFF_INLINE F widen_bf16(__m256i x) {
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16))};
+}
+HFF_INLINE F load(const bf16* p) {
+  return widen_bf16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+HFF_INLINE F load_n(const bf16* p, int64_t n) {
+  return widen_bf16(_mm256_maskz_loadu_epi16(first(n), p));
+}
+HFF_INLINE F load(const f16* p) {
+  return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+}
+HFF_INLINE F load_n(const f16* p, int64_t n) {
+  return {_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first(n), p))};
+}
+
+HFF_INLINE __m256i narrow_bf16(F a) {
+  const __m512i bits = _mm512_castps_si512(a.v);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i up = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+  const __m512i quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x400000));
+  const __mmask16 nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_mask_blend_epi32(nan, up, quiet), 16));
+}
+HFF_INLINE __m256i narrow_f16(F a) {
+  return _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+HFF_INLINE void store(F a, float* p) { _mm512_storeu_ps(p, a.v); }
+HFF_INLINE void store_n(F a, float* p, int64_t n) { _mm512_mask_storeu_ps(p, first(n), a.v); }
+HFF_INLINE void store(F a, bf16* p) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow_bf16(a));
+}
+HFF_INLINE void store_n(F a, bf16* p, int64_t n) {
+  _mm256_mask_storeu_epi16(p, first(n), narrow_bf16(a));
+}
+HFF_INLINE void store(F a, f16* p) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow_f16(a));
+}
+HFF_INLINE void store_n(F a, f16* p, int64_t n) {
+  _mm256_mask_storeu_epi16(p, first(n), narrow_f16(a));
+}
+
+#elif defined(__AVX2__)
+// ---- AVX2, FMA, F16C ----------------------------------------------------------------------------
+
+constexpr int kLanes = 8;
+struct F {
+  __m256 v;
+};
+HFF_INLINE F zero() { return {_mm256_setzero_ps()}; }
+HFF_INLINE F set1(float x) { return {_mm256_set1_ps(x)}; }
+HFF_INLINE F add(F a, F b) { return {_mm256_add_ps(a.v, b.v)}; }
+HFF_INLINE F sub(F a, F b) { return {_mm256_sub_ps(a.v, b.v)}; }
+HFF_INLINE F mul(F a, F b) { return {_mm256_mul_ps(a.v, b.v)}; }
+HFF_INLINE F div(F a, F b) { return {_mm256_div_ps(a.v, b.v)}; }
+HFF_INLINE F fma(F a, F b, F c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+HFF_INLINE F max(F a, F b) { return {_mm256_max_ps(a.v, b.v)}; }
+HFF_INLINE F abs(F a) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v)}; }
+HFF_INLINE F round(F a) {
+  return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+}
+HFF_INLINE F select_lt(F a, F b, F yes, F no) {
+  return {_mm256_blendv_ps(no.v, yes.v, _mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ))};
+}
+HFF_INLINE F pow2(F n) {
+  const __m256i e = _mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127));
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(e, 23))};
+}
+HFF_INLINE float sum(F a) {
+  __m128 quarter = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+  quarter = _mm_add_ps(quarter, _mm_movehl_ps(quarter, quarter));
+  return _mm_cvtss_f32(_mm_add_ss(quarter, _mm_movehdup_ps(quarter)));
+}
+HFF_INLINE F load(const float* p) { return {_mm256_loadu_ps(p)}; }
+HFF_INLINE F load(const bf16* p) {
+  const __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16))};
+}
+HFF_INLINE F load(const f16* p) {
+  return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+}
+HFF_INLINE void store(F a, float* p) { _mm256_storeu_ps(p, a.v); }
+HFF_INLINE void store(F a, bf16* p) {
+  const __m256i bits = _mm256_castps_si256(a.v);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const __m256i up = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
+  const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
+  const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q));
+  const __m256i words = _mm256_srli_epi32(_mm256_blendv_epi8(up, quiet, nan), 16);
+  _mm_storeu_si128(
+      reinterpret_cast<__m128i*>(p),
+      _mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
+}
+HFF_INLINE void store(F a, f16* p) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                   _mm256_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+
+#else
+// ---- portable C++: eight lanes as an array, for the compiler to vectorise -----------------------
+
+constexpr int kLanes = 8;
+struct F {
+  float v[8];
+};
+#define HFF_LANES(expression)                          \
+  F out;                                               \
+  for (int i = 0; i < 8; ++i) out.v[i] = (expression); \
+  return out
+HFF_INLINE F zero() { return {{0, 0, 0, 0, 0, 0, 0, 0}}; }
+HFF_INLINE F set1(float x) { HFF_LANES(x); }
+HFF_INLINE F add(F a, F b) { HFF_LANES(a.v[i] + b.v[i]); }
+HFF_INLINE F sub(F a, F b) { HFF_LANES(a.v[i] - b.v[i]); }
+HFF_INLINE F mul(F a, F b) { HFF_LANES(a.v[i] * b.v[i]); }
+HFF_INLINE F div(F a, F b) { HFF_LANES(a.v[i] / b.v[i]); }
+HFF_INLINE F fma(F a, F b, F c) { HFF_LANES(a.v[i] * b.v[i] + c.v[i]); }
+HFF_INLINE F max(F a, F b) { HFF_LANES(a.v[i] > b.v[i] ? a.v[i] : b.v[i]); }
+HFF_INLINE F abs(F a) { HFF_LANES(__builtin_fabsf(a.v[i])); }
+HFF_INLINE F round(F a) {
+  HFF_LANES((a.v[i] + 0x1.8p23f) - 0x1.8p23f);
+}  // |a| < 2^22, nearest even
+HFF_INLINE F select_lt(F a, F b, F yes, F no) { HFF_LANES(a.v[i] < b.v[i] ? yes.v[i] : no.v[i]); }
+HFF_INLINE F pow2(
+    F n) {  // the integer lies in the low bits of n + 1.5 * 2^23; unsigned, for NaN passes here too
+  HFF_LANES(bits_to_float((float_to_bits(n.v[i] + 0x1.8p23f) + 127u) << 23));
+}
+HFF_INLINE float sum(F a) {
+  return ((a.v[0] + a.v[4]) + (a.v[2] + a.v[6])) + ((a.v[1] + a.v[5]) + (a.v[3] + a.v[7]));
+}
+template <class T>
+HFF_INLINE F load(const T* p) {
+  HFF_LANES(to_float(p[i]));
+}
+template <class T>
+HFF_INLINE void store(F a, T* p) {
+  for (int i = 0; i < 8; ++i) from_float(a.v[i], p + i);
+}
+#undef HFF_LANES
+#endif
+
+#if !defined(__AVX512F__)
+// Tails without masked memory operations go through a register-sized buffer.
+template <class T>
+HFF_INLINE F load_n(const T* p, int64_t n) {
+  T buffer[kLanes] = {};
+  for (int64_t i = 0; i < n && i < kLanes; ++i) buffer[i] = p[i];
+  return load(buffer);
+}
+template <class T>
+HFF_INLINE void store_n(F a, T* p, int64_t n) {
+  T buffer[kLanes];
+  store(a, buffer);
+  for (int64_t i = 0; i < n && i < kLanes; ++i) p[i] = buffer[i];
+}
+#endif
+
+// Largest lane, NaN if any lane is NaN.
+HFF_INLINE float max_lane(F a) {
+  float lanes[kLanes];
+  store(a, lanes);
+  float best = lanes[0];
+  for (int i = 1; i < kLanes; ++i) best = lanes[i] > best || lanes[i] != lanes[i] ? lanes[i] : best;
+  return best;
+}
+
+// ---- elementary functions -----------------------------------------------------------------------
+
+// e^x to 1 ulp: x = n ln2 + r, |r| <= ln2 / 2, degree-6 polynomial. 0 below -87.3, inf above 88.7,
+// NaN kept.
+HFF_INLINE F exp(F x) {
+  const F n = round(mul(select_lt(abs(x), set1(100.0f), x, zero()), set1(1.44269504f)));
+  F r = fma(n, set1(-0.693145752f), x);
+  r = fma(n, set1(-1.42860677e-6f), r);
+  F p = fma(set1(0.0013948581f), r, set1(0.008375129f));
+  p = fma(p, r, set1(0.041666217f));
+  p = fma(p, r, set1(0.16666415f));
+  p = fma(p, r, set1(0.5f));
+  p = fma(p, r, set1(1.0f));
+  p = fma(p, r, set1(1.0f));
+  // 2^n in two factors: n reaches 128
+  const F half = round(mul(n, set1(0.5f)));
+  p = mul(mul(p, pow2(half)), pow2(sub(n, half)));
+  p = select_lt(x, set1(-87.33654f), zero(), p);
+  return select_lt(set1(88.72283f), x, set1(__builtin_inff()), p);
+}
+
+// erfc(z) for z >= 0: 1 - z P(z^2) below 1, t exp(-z^2 + Q(t)) with t = 1 / (1 + z / 2) above; the
+// coefficients are Chebyshev fits of erf(z) / z and of log(erfc(z) / t) + z^2; relative error 1e-7
+// below 1, 7e-7 to 3, 4e-6 to 9.
+HFF_INLINE F erfc_positive(F z) {
+  const F s = mul(z, z);
+  F p = fma(set1(7.882497448e-05f), s, set1(-8.018855006e-04f));
+  p = fma(p, s, set1(5.189312156e-03f));
+  p = fma(p, s, set1(-2.685432881e-02f));
+  p = fma(p, s, set1(1.128359735e-01f));
+  p = fma(p, s, set1(-3.761262596e-01f));
+  p = fma(p, s, set1(1.128379107f));
+  const F near = fma(sub(zero(), z), p, set1(1.0f));
+  const F t = div(set1(1.0f), fma(z, set1(0.5f), set1(1.0f)));
+  F q = fma(set1(-0.1427883953f), t, set1(0.6457005143f));
+  q = fma(q, t, set1(-0.9107971787f));
+  q = fma(q, t, set1(0.3207326531f));
+  q = fma(q, t, set1(-0.04148041084f));
+  q = fma(q, t, set1(0.3973717391f));
+  q = fma(q, t, set1(0.9978312254f));
+  q = fma(q, t, set1(-1.265424490f));
+  const F far = mul(t, exp(sub(q, s)));
+  return select_lt(z, set1(1.0f), near, far);
+}
+
+// x Phi(x), as torch.nn.functional.gelu(x): for x < 0 from erfc directly, without the cancellation
+// in 1 + erf.
+HFF_INLINE F gelu_erf(F x) {
+  const F c = erfc_positive(mul(abs(x), set1(0.707106781f)));
+  return mul(mul(x, set1(0.5f)), select_lt(x, zero(), c, sub(set1(2.0f), c)));
+}
+
+// x / (1 + e^-y)
+HFF_INLINE F gate(F x, F y) { return div(x, add(set1(1.0f), exp(sub(zero(), y)))); }
+HFF_INLINE F silu(F x) { return gate(x, x); }
+
+// torch.nn.functional.gelu(x, approximate="tanh"): 0.5 (1 + tanh u) = 1 / (1 + e^-2u)
+HFF_INLINE F gelu_tanh(F x) {
+  const F cubic = fma(mul(mul(x, x), set1(0.044715f)), x, x);
+  return gate(x, mul(cubic, set1(1.59576912f)));
+}
+
+HFF_INLINE F activate(F x, int32_t activation) {
+  switch (activation) {
+    case HFF_ACT_GELU_ERF:
+      return gelu_erf(x);
+    case HFF_ACT_GELU_TANH:
+      return gelu_tanh(x);
+    case HFF_ACT_RELU:
+      return select_lt(x, zero(), zero(), x);
+    case HFF_ACT_SILU:
+      return silu(x);
+    default:
+      return x;
+  }
+}
+
+}  // namespace HFF_ISA
+}  // namespace hff

@@ -1,0 +1,250 @@
+/* hf_fusion.h: the C ABI of hf_fusion's kernels. C99, no torch, no Python.
+ * 
+ * Every size is a 64-bit element count unless its name says bytes; every stride is in elements.
+ * Buffers carry their length in bytes: a call whose shapes or strides reach past a buffer is
+ * refused before anything is read or written. A call that does not return HFF_OK has written no
+ * output and left every cache length as it was; hff_last_error() then holds one sentence with the
+ * offending name and value (per thread). Struct sizes travel with the structs; a caller built
+ * against another layout gets HFF_INVALID. Calls are thread-safe. Inputs are const; outputs must
+ * not overlap inputs.
+ * */
+#ifndef HF_FUSION_H
+#define HF_FUSION_H
+
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define HFF_ABI_VERSION 1
+/* batch * queries of hff_block_forward and hff_decode: one pass over the weights */
+#define HFF_MAX_ROWS 16
+#define HFF_MAX_HEAD_DIM 256
+
+#if defined(_WIN32)
+#define HFF_API __declspec(dllexport)
+#else
+#define HFF_API __attribute__((visibility("default")))
+#endif
+
+typedef int32_t hff_status;
+enum {
+  HFF_OK = 0,
+  HFF_INVALID = 1,       /* a struct contradicts itself or its buffers */
+  HFF_UNSUPPORTED = 2,   /* well-formed, but no kernel does it */
+  HFF_OUT_OF_MEMORY = 3, /* scratch could not be allocated */
+  HFF_OUT_OF_RANGE = 4,  /* a token id or a position outside its table, a cache without room */
+  HFF_INTERNAL = 5
+};
+
+/* element type of weights, activations, cos/sin and cache of one call */
+enum { HFF_F32 = 0, HFF_BF16 = 1, HFF_F16 = 2 };
+enum {
+  HFF_ACT_NONE = 0,
+  HFF_ACT_GELU_ERF = 1,
+  HFF_ACT_GELU_TANH = 2,
+  HFF_ACT_RELU = 3,
+  HFF_ACT_SILU = 4
+};
+enum { HFF_NORM_LAYER = 0, HFF_NORM_RMS = 1 };
+/* parallel: y = mlp(norm2(x)) + attn(norm1(x)) + x; sequential: a = attn(norm1(x)) + x, y =
+ * mlp(norm2(a)) + a */
+enum { HFF_RESIDUAL_PARALLEL = 0, HFF_RESIDUAL_SEQUENTIAL = 1 };
+/* rows of the fused projection: per head q|k|v (GPT-NeoX), or all q heads, all k, all v */
+enum { HFF_QKV_PER_HEAD = 0, HFF_QKV_STACKED = 1 };
+/* ATTENTION: attn(norm1(x)); ATTENTION_UP: that, and act(up(norm2(.))); FULL: the whole layer */
+enum { HFF_STAGE_ATTENTION = 0, HFF_STAGE_ATTENTION_UP = 1, HFF_STAGE_FULL = 2 };
+/* BOOL: uint8, nonzero = attend; INT64: nonzero = attend; ADDITIVE: dtype of the call, added to the
+ * scaled score */
+enum { HFF_MASK_NONE = 0, HFF_MASK_BOOL = 1, HFF_MASK_INT64 = 2, HFF_MASK_ADDITIVE = 3 };
+
+typedef struct {
+  const void* data;
+  int64_t bytes;
+} hff_input;
+
+typedef struct {
+  void* data;
+  int64_t bytes;
+} hff_output;
+
+/* y = W x + b, torch.nn.Linear layout */
+typedef struct {
+  hff_input weight;   /* (rows, cols), rows row_stride apart, elements of a row contiguous */
+  hff_input bias;     /* (rows) or null */
+  int64_t rows, cols, row_stride;
+} hff_linear;
+
+typedef struct {
+  hff_input weight;   /* (hidden) */
+  hff_input bias;     /* (hidden) or null */
+  float eps;
+  int32_t kind;       /* HFF_NORM_* */
+} hff_norm;
+
+/* heads of one attention: q heads share k/v heads in groups of heads / kv_heads */
+typedef struct {
+  int64_t heads, kv_heads, head_dim;
+  int64_t rotary_dim; /* leading dims RoPE rotates, i with i + rotary_dim / 2; may be 0 */
+  float scale;        /* of q.k */
+  int32_t qkv_layout; /* HFF_QKV_* */
+} hff_heads;
+
+/* One transformer layer. qkv: (heads + 2 kv_heads) * head_dim rows; o: hidden rows, heads *
+ * head_dim cols. */
+typedef struct {
+  hff_heads heads;
+  int64_t hidden, mlp_width;
+  int32_t residual, activation;
+  hff_norm attention_norm, mlp_norm;
+  hff_linear qkv, o, up, down;
+} hff_block;
+
+/* Keys and values of one layer: (batch, kv_heads, capacity, head_dim), both with these strides,
+ * head_dim contiguous. *length tokens are present; a call appends `queries` more behind them and,
+ * on success, adds to *length. */
+typedef struct {
+  hff_output keys, values;
+  int64_t batch_stride, head_stride, token_stride, capacity;
+  int64_t* length;
+} hff_cache;
+
+/* Element (b, i, j) says whether, or with what bias, query i of batch row b sees key j; strides may
+ * be 0. A mask restricts further; causality is `causal` of hff_call. keys: the key extent, at least
+ * length + queries. */
+typedef struct {
+  hff_input data;
+  int64_t batch_stride, query_stride, key_stride, keys;
+  int32_t kind;       /* HFF_MASK_* */
+  int32_t reserved;
+} hff_mask;
+
+/* What every forward call has. A row is (batch row, query): row = b * queries + i. */
+typedef struct {
+  uint64_t struct_size;
+  int32_t dtype;      /* HFF_F32, HFF_BF16, HFF_F16 */
+  int32_t threads;    /* width of the thread team, caller included; at least 1 */
+  int64_t batch, queries;
+  int32_t causal;     /* 1: query i sees keys 0 .. length + i; 0: all length + queries keys */
+  int32_t reserved;
+  hff_input positions; /* int64 (batch, queries), strides below; unused where rotary_dim is 0 */
+  int64_t position_batch_stride, position_query_stride;
+  hff_input cos, sin; /* (rope_rows, rotary_dim), contiguous, as the rotary module gives them */
+  int64_t rope_rows;
+  hff_mask mask;
+} hff_call;
+
+/* x: (rows, hidden). attention_out: (rows, hidden), ATTENTION and ATTENTION_UP; with sequential
+ * residual and ATTENTION_UP it holds attn + x. up_out: (rows, mlp_width), ATTENTION_UP. out: (rows,
+ * hidden), FULL. All contiguous. */
+typedef struct {
+  uint64_t struct_size;
+  hff_input x;
+  hff_output attention_out, up_out, out;
+  int32_t stage;      /* HFF_STAGE_* */
+  int32_t reserved;
+} hff_block_io;
+
+typedef struct {
+  uint64_t struct_size;
+  int64_t hidden, vocab;
+  hff_input embedding; /* (vocab, hidden) contiguous; null where the caller gives x */
+  const hff_block* blocks;
+  int64_t block_count;
+  hff_norm final_norm;
+  hff_linear head;    /* weight null: no head, hidden states only */
+} hff_model;
+
+/* ids: int64 (batch, queries), strides below, or null with x: (rows, hidden) contiguous.
+ * logits: (batch, keep, head.rows) contiguous, the last `keep` queries of each batch row; null
+ * without a head.
+ * hidden: (rows, hidden) contiguous, after the final norm; may be null where logits is given. */
+typedef struct {
+  uint64_t struct_size;
+  hff_input ids;
+  int64_t id_batch_stride, id_query_stride;
+  hff_input x;
+  hff_output logits, hidden;
+  int64_t keep;
+} hff_decode_io;
+
+/* Projected q, k, v in, context out; RoPE is applied and k, v are appended to the cache on the way.
+ * qkv: (rows, (heads + 2 kv_heads) * head_dim) with qkv_row_stride, laid out as heads.qkv_layout
+ * says.
+ * out: (rows, heads * head_dim) contiguous. Any number of rows; no (queries, keys) array. */
+typedef struct {
+  uint64_t struct_size;
+  hff_input qkv;
+  int64_t qkv_row_stride;
+  hff_output out;
+} hff_attention_io;
+
+/* y = act(W x + b): x (rows, cols), out (rows, linear.rows), contiguous */
+typedef struct {
+  uint64_t struct_size;
+  int32_t dtype, threads;
+  int64_t rows;
+  int32_t activation;
+  int32_t reserved;
+  hff_input x;
+  hff_output out;
+} hff_linear_io;
+
+/* out = norm(x): (rows, hidden) contiguous */
+typedef struct {
+  uint64_t struct_size;
+  int32_t dtype, threads;
+  int64_t rows, hidden;
+  hff_input x;
+  hff_output out;
+} hff_norm_io;
+
+/* A whole token (or a few per batch row): embedding, layers, final norm, head. caches: block_count
+ * of them. */
+HFF_API hff_status hff_decode(const hff_call*, const hff_model*, const hff_cache* caches,
+                              const hff_decode_io*);
+HFF_API hff_status hff_block_forward(const hff_call*, const hff_block*, const hff_cache*,
+                                     const hff_block_io*);
+HFF_API hff_status hff_attention_forward(const hff_call*, const hff_heads*, const hff_cache*,
+                                         const hff_attention_io*);
+HFF_API hff_status hff_linear_forward(const hff_linear*, const hff_linear_io*);
+HFF_API hff_status hff_norm_forward(const hff_norm*, const hff_norm_io*);
+
+/* Adds `tokens` to the length of `count` caches, each once, or to none: HFF_OUT_OF_RANGE where one
+ * has no room. For a caller that ran the layers of one pass by hff_attention_forward with lengths
+ * of its own. */
+HFF_API hff_status hff_advance(const hff_cache* caches, int64_t count, int64_t tokens);
+
+HFF_API int32_t hff_abi_version(void);
+/* sizeof the structs above in order of declaration, from hff_input (0) to hff_norm_io (14); 0 past
+ * the end */
+HFF_API uint64_t hff_struct_size(int32_t index);
+HFF_API const char* hff_last_error(void);
+
+/* Instruction sets in rising order. name: "scalar", "avx2", "avx512", "avx512_bf16"; null past the
+ * end. *reason: null where this build and CPU have it, else why not. */
+HFF_API const char* hff_isa_name(int32_t index, const char** reason);
+/* null: HF_FUSION_ISA if set, else the best. The choice holds for the process until the next call
+ * of this. */
+HFF_API hff_status hff_select_isa(const char* name);
+/* the chosen one; chooses as hff_select_isa(null) would if none is; null (see hff_last_error) if
+ * that fails */
+HFF_API const char* hff_isa(void);
+
+/* Runs calls on the threads of an OpenMP runtime that the process has loaded: its GOMP_parallel,
+ * omp_get_thread_num and omp_get_num_threads. All null: on threads of the library's own, as before
+ * the first call of this. To be called while no other call runs. */
+HFF_API hff_status hff_use_openmp(void* parallel, void* thread_num, void* num_threads);
+
+/* Asks the kernel to back [data, data + bytes) by huge pages in place. Returns the bytes now so
+ * backed, 0 if none. */
+HFF_API int64_t hff_huge_pages(const void* data, int64_t bytes);
+/* Seconds one pass over the buffer, in whole pieces of 256 KB, takes `threads` threads; the read
+ * stream that decode is measured against. */
+HFF_API double hff_read_stream(const void* data, int64_t bytes, int32_t threads);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

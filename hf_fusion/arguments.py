@@ -1,0 +1,161 @@
+"""The tensors a call brings: ids or embeddings, positions, masks, cos and sin.
+
+Every check raises FusionError with the reason; some return the tensor in the form back ends take.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from typing import Any
+
+import torch
+
+from .binding import LayerBinding
+from .report import FusionError, Reason
+from .slots import StaticSlot
+
+
+def check_gradients(tensors: list) -> None:
+    for tensor in tensors:
+        if tensor is not None and getattr(tensor, "requires_grad", False):
+            raise FusionError(Reason.GRADIENTS, "gradients are enabled and something requires them")
+
+
+def check_dense(name: str, tensor: Any, dims: int) -> None:
+    if type(tensor) is not torch.Tensor:
+        raise FusionError(
+            Reason.TENSOR_TYPE, f"{name} is a {type(tensor).__name__}, expected torch.Tensor"
+        )
+    if tensor.device.type != "cpu":
+        raise FusionError(Reason.DEVICE, f"{name} is on {tensor.device}, expected cpu")
+    if tensor.layout is not torch.strided or tensor.dim() != dims:
+        raise FusionError(
+            Reason.INPUT,
+            f"{name} has shape {tuple(tensor.shape)}, expected {dims} dense dimensions",
+        )
+    if tensor.numel() == 0:
+        raise FusionError(
+            Reason.EMPTY_INPUT, f"{name} has shape {tuple(tensor.shape)}, expected elements"
+        )
+
+
+def check_ids(ids: Any) -> torch.Tensor:
+    check_dense("input_ids", ids, 2)
+    if ids.dtype is torch.int64:
+        return ids
+    if ids.dtype is torch.int32:
+        return ids.to(torch.int64)
+    raise FusionError(Reason.INPUT, f"input_ids are {ids.dtype}, expected int64 or int32")
+
+
+def check_hidden(name: str, x: Any, hidden: int, dtype: torch.dtype) -> torch.Tensor:
+    check_dense(name, x, 3)
+    if x.shape[2] != hidden:
+        raise FusionError(
+            Reason.SHAPE, f"{name} have shape {tuple(x.shape)}, expected hidden size {hidden}"
+        )
+    if x.dtype != dtype:
+        raise FusionError(Reason.MIXED_DTYPE, f"{name} are {x.dtype}, the model is {dtype}")
+    return x.contiguous()
+
+
+def check_positions(positions: Any, batch: int, queries: int) -> torch.Tensor:
+    check_dense("position_ids", positions, 2)
+    if positions.dtype is torch.int32:
+        positions = positions.to(torch.int64)
+    rows, columns = positions.shape
+    if positions.dtype is not torch.int64 or columns != queries or (rows != batch and rows != 1):
+        raise FusionError(
+            Reason.POSITIONS,
+            f"position_ids are {positions.dtype} of {tuple(positions.shape)}, expected int64 of "
+            f"({batch}, {queries})",
+        )
+    return positions
+
+
+def check_cache_position(positions: Any, past: int, queries: int) -> None:
+    """What transformers before 5.4 passes beside position_ids must count on from the cache."""
+    expected = torch.arange(past, past + queries)
+    if (
+        type(positions) is not torch.Tensor
+        or positions.shape != expected.shape
+        or not positions.equal(expected)
+    ):
+        raise FusionError(Reason.POSITIONS, f"cache_position is not {past} .. {past + queries - 1}")
+
+
+def check_model_mask(mask, batch, queries, past, binding, cache, slots) -> torch.Tensor:
+    """A mask as the base model takes it: (batch, keys) or (batch|1, 1, queries, keys)."""
+    if type(mask) is torch.Tensor and mask.dim() == 4:
+        static = type(slots[0]) is StaticSlot
+        check_mask(mask, batch, queries, past, binding.dtype, binding.implementation, static)
+        return mask
+    check_dense("attention_mask", mask, 2)
+    keys = past + queries
+    # without a cache the mask alone says how many keys there are
+    if mask.shape[0] != batch or mask.shape[1] < keys or (cache is None and mask.shape[1] != keys):
+        raise FusionError(
+            Reason.MASK, f"attention_mask has shape {tuple(mask.shape)}, expected ({batch}, {keys})"
+        )
+    return mask if mask.dtype in (torch.int64, torch.bool) else mask.to(torch.bool)
+
+
+_checked = threading.local()  # the last mask found causal; all layers of a forward share one
+
+
+def check_mask(mask, batch, queries, past, dtype, implementation, static) -> None:
+    """Raises FusionError unless a 4D mask fits and lets no query see a later key."""
+    check_dense("attention_mask", mask, 4)
+    keys = past + queries
+    rows, heads, columns, width = mask.shape
+    fits = width >= keys if static else width == keys
+    if rows not in (1, batch) or heads != 1 or columns != queries or not fits:
+        raise FusionError(
+            Reason.MASK,
+            f"attention_mask has shape {tuple(mask.shape)}, expected ({batch}, 1, {queries}, "
+            f"{keys})",
+        )
+    if mask.dtype != (torch.bool if implementation == "sdpa" else dtype) and mask.dtype != dtype:
+        raise FusionError(
+            Reason.MASK, f"attention_mask is {mask.dtype}, which {implementation} does not mask by"
+        )
+    if queries == 1 and width == keys:
+        return
+    version = None if mask.is_inference() else mask._version
+    last = getattr(_checked, "last", None)
+    if (
+        last is not None
+        and last[0]() is mask
+        and last[1:] == (version, past)
+        and version is not None
+    ):
+        return
+    later = torch.ones(queries, width, dtype=torch.bool).triu(past + 1)
+    seen = (
+        mask[..., later]
+        if mask.dtype == torch.bool
+        else mask[..., later] > torch.finfo(dtype).min / 2
+    )
+    if bool(seen.any()) or (mask.dtype != torch.bool and bool(mask.isnan().any())):
+        raise FusionError(Reason.MASK, "attention_mask lets a query see a later key")
+    _checked.last = (weakref.ref(mask), version, past)
+
+
+def check_rope(rope: Any, batch: int, queries: int, binding: LayerBinding) -> None:
+    if type(rope) is not tuple or len(rope) != 2:
+        raise FusionError(Reason.POSITIONS, "position_embeddings are not a tuple of cos and sin")
+    for tensor in rope:
+        check_dense("position_embeddings", tensor, 3)
+        rows, columns, width = tensor.shape
+        expected = (batch, queries, binding.spec.attention.rotary_dim)
+        if (
+            rows not in (1, batch)
+            or (columns, width) != expected[1:]
+            or tensor.dtype != binding.dtype
+        ):
+            raise FusionError(
+                Reason.POSITIONS,
+                f"position_embeddings are {tensor.dtype} of {tuple(tensor.shape)}, expected "
+                f"{binding.dtype} of {expected}",
+            )

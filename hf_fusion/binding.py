@@ -1,0 +1,231 @@
+"""A model's parts bound to a back end, with a watch over what was bound.
+
+Nothing is captured when a model is patched; the first call binds, every call asks the watch, and a
+watch that finds a change leads to a fresh binding or, where a part is not what the family file
+knows, to a FusionError.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .registry import Family, class_name
+from .report import FusionError, Reason
+from .rope import RopeTable
+from .spec import BlockTensors, tensor_shapes
+from .watch import GLOBAL, Watch, check_function, is_ours
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+IMPLEMENTATIONS = ("eager", "sdpa")
+
+
+def check_parameter(
+    owner: str, tensor: Any, shape: tuple, dtype: torch.dtype | None
+) -> torch.dtype:
+    """Raises FusionError unless `tensor` is a plain dense CPU parameter of `shape` and `dtype`.
+    Returns its dtype.
+    """
+    if type(tensor) is not nn.Parameter:
+        raise FusionError(
+            Reason.TENSOR_TYPE, f"{owner} is a {class_name(tensor)}, expected torch.nn.Parameter"
+        )
+    if tensor.is_meta:
+        raise FusionError(Reason.META, f"{owner} is on the meta device")
+    if tensor.device.type != "cpu":
+        raise FusionError(Reason.DEVICE, f"{owner} is on {tensor.device}, expected cpu")
+    if tensor.dtype not in DTYPES:
+        raise FusionError(Reason.DTYPE, f"{owner} is {tensor.dtype}, expected fp32, bf16 or fp16")
+    if dtype is not None and tensor.dtype != dtype:
+        raise FusionError(Reason.MIXED_DTYPE, f"{owner} is {tensor.dtype}, the rest is {dtype}")
+    if tensor.layout is not torch.strided or not tensor.is_contiguous():
+        raise FusionError(Reason.LAYOUT, f"{owner} is not dense and contiguous")
+    if tuple(tensor.shape) != tuple(shape):
+        raise FusionError(
+            Reason.SHAPE, f"{owner} has shape {tuple(tensor.shape)}, expected {tuple(shape)}"
+        )
+    return tensor.dtype
+
+
+def _check_tensors(tensors: BlockTensors, shapes: BlockTensors) -> torch.dtype:
+    dtype = None
+    for name, tensor, shape in zip(BlockTensors._fields, tensors, shapes, strict=True):
+        if tensor is not None or name.endswith("weight"):
+            dtype = check_parameter(name, tensor, shape, dtype)
+    return dtype
+
+
+def watch_attention(watch: Watch, config: Any) -> str:
+    """Watches the choice of the attention function; returns its name or raises FusionError."""
+    namespace = vars(config)
+    name = namespace.get("_attn_implementation_internal")
+    if name not in IMPLEMENTATIONS:
+        raise FusionError(
+            Reason.ATTENTION_IMPLEMENTATION,
+            f"the attention implementation is {name!r}, expected one of "
+            f"{', '.join(IMPLEMENTATIONS)}",
+        )
+    watch.entry(namespace, "_attn_implementation_internal")
+    registered = ALL_ATTENTION_FUNCTIONS._global_mapping
+    if name in registered:
+        check_function(f"attention function {name!r}", registered[name], "transformers")
+        watch.entry(registered, name)
+    if any(GLOBAL):
+        raise FusionError(Reason.HOOKS, "global module hooks or a local attention function are set")
+    return name
+
+
+class LayerBinding:
+    """One layer bound to a back end: spec, tensors, the back end's block, and a watch."""
+
+    def __init__(self, family: Family, layer: nn.Module, backend: Any):
+        self.spec = family.to_spec(layer)
+        self.tensors = family.tensors(layer)
+        self.dtype = _check_tensors(self.tensors, tensor_shapes(self.spec))
+        self.cache_index = family.cache_index(layer)
+        if type(self.cache_index) is not int or self.cache_index < 0:
+            raise FusionError(
+                Reason.STRUCTURE,
+                f"the layer's cache index is {self.cache_index!r}, expected an index",
+            )
+        self.watch = watch = Watch()
+        self.config = None
+        for name, module in layer.named_modules():
+            watch.module(f"layer.{name}" if name else "layer", module, bool(name), bool(name))
+            config = vars(module).get("config")
+            if config is not None:
+                watch.entry(vars(module), "config")
+                self.config = config if self.config is None else self.config
+                if config is not self.config:
+                    raise FusionError(Reason.STRUCTURE, f"layer.{name} has a config of its own")
+        for namespace, key in family.watched(layer):
+            watch.entry(namespace, key)
+            if getattr(namespace[key], "__code__", None) is not None:
+                check_function(key, namespace[key], type(layer).__module__)
+        self.implementation = watch_attention(watch, self.config)
+        for tensor in self.tensors:
+            watch.tensor(tensor)
+        watch.compact()
+        self.block = backend.bind_block(self.spec, self.tensors)
+
+
+class ModelBinding:
+    """A base model, with or without a head, bound to a back end.
+
+    `layers` are the LayerBindings of its layers, `lm` the module with the head or None.
+    """
+
+    def __init__(self, family, base: nn.Module, lm: nn.Module | None, layers: list, backend: Any):
+        self.parts = parts = family.parts(base)
+        self.base = base
+        self.config = vars(base)["config"]
+        self.count = len(layers)
+        self.watch = watch = Watch()
+        if not layers:
+            raise FusionError(Reason.STRUCTURE, "the model has no layers")
+        self._outer(base, lm)
+        self._layers(layers)
+        first = layers[0]
+        self.dtype, self.hidden = first.dtype, first.spec.hidden
+        self.kv_heads, self.head_dim = first.spec.attention.kv_heads, first.spec.attention.head_dim
+        self.implementation = first.implementation
+        vocab = parts.embedding.weight.shape[0]
+        check_parameter("the embedding", parts.embedding.weight, (vocab, self.hidden), self.dtype)
+        for name in ("weight", "bias"):
+            tensor = getattr(parts.final_norm, name)
+            check_parameter(f"the final norm's {name}", tensor, (self.hidden,), self.dtype)
+        tensors = [parts.embedding.weight, parts.final_norm.weight, parts.final_norm.bias]
+        head = ()
+        if lm is not None:
+            linear = family.head(lm)
+            rows = linear.weight.shape[0]
+            check_parameter("the head's weight", linear.weight, (rows, self.hidden), self.dtype)
+            if linear.bias is not None:
+                check_parameter("the head's bias", linear.bias, (rows,), self.dtype)
+            head = (linear.weight, linear.bias)
+            watch.module("the head", linear)
+        for tensor in (*tensors, *head):
+            watch.tensor(tensor)
+        self._rotary(parts.rotary, first.spec.attention.rotary_dim)
+        self.rope = RopeTable(parts.rotary, self.dtype)
+        watch.compact()
+        norm = (parts.final_norm_spec, parts.final_norm.weight, parts.final_norm.bias)
+        self.native = backend.bind_model(
+            [layer.block for layer in layers], parts.embedding.weight, norm, *(head or (None, None))
+        )
+
+    def _outer(self, base: nn.Module, lm: nn.Module | None) -> None:
+        """Watches the modules outside the layers; the called one's own hooks run outside of it."""
+        watch, parts = self.watch, self.parts
+        watch.entry(vars(base), "config")
+        if lm is not None:
+            watch.module("the model", lm, inner=False, hooks=False)
+            watch.entry(vars(lm), "config")
+            self._own_forward("the base model", base)
+        watch.module("the base model", base, inner=False, hooks=lm is not None)
+        for name, module in base._modules.items():
+            if module is not parts.layers:
+                watch.module(name, module)
+        watch.module("layers", parts.layers)
+        watch.entry(vars(parts.final_norm), "eps")
+        watch.entry(vars(parts.embedding), "max_norm")
+
+    def _layers(self, layers: list) -> None:
+        for index, (module, layer) in enumerate(zip(self.parts.layers, layers, strict=True)):
+            if layer.cache_index != index:
+                raise FusionError(
+                    Reason.STRUCTURE, f"layer {index} fills layer {layer.cache_index} of the cache"
+                )
+            if layer.config is not self.config:
+                raise FusionError(Reason.STRUCTURE, f"layer {index} has a config of its own")
+            if layer.dtype != layers[0].dtype:
+                raise FusionError(
+                    Reason.MIXED_DTYPE, f"layer {index} is {layer.dtype}, layer 0 {layers[0].dtype}"
+                )
+            if (layer.spec.hidden, layer.spec.attention) != (
+                layers[0].spec.hidden,
+                layers[0].spec.attention,
+            ):
+                raise FusionError(Reason.SHAPE, f"layer {index} has other sizes than layer 0")
+            self.watch.include(layer.watch)
+            self._own_forward(f"layer {index}", module)
+            self.watch._hooks(f"layer {index}", vars(module))
+
+    def _own_forward(self, name: str, module: nn.Module) -> None:
+        if not is_ours(vars(module).get("forward")):
+            raise FusionError(
+                Reason.FORWARD_REPLACED, f"{name}.forward has been replaced on the instance"
+            )
+        self.watch.entry(vars(module), "forward")
+
+    def _rotary(self, rotary: nn.Module, rotary_dim: int) -> None:
+        kind, frequencies = vars(rotary).get("rope_type"), rotary._buffers.get("inv_freq")
+        if type(kind) is not str or "dynamic" in kind or kind == "longrope":
+            raise FusionError(
+                Reason.ROPE, f"the rope type is {kind!r}, which changes with the length"
+            )
+        if type(frequencies) is not torch.Tensor or frequencies.device.type != "cpu":
+            raise FusionError(
+                Reason.ROPE, "the rotary frequencies are not a plain tensor on the CPU"
+            )
+        if 2 * frequencies.numel() != rotary_dim:
+            raise FusionError(
+                Reason.ROPE,
+                f"there are {frequencies.numel()} rotary frequencies, expected {rotary_dim // 2}",
+            )
+        for namespace, key in ((vars(rotary), "rope_type"), (vars(rotary), "attention_scaling")):
+            self.watch.entry(namespace, key)
+        self.watch.entry(rotary._buffers, "inv_freq")
+        # compared by value: a change in place shows in no pointer, and the table holds what they
+        # were
+        self.frequencies, self.bound_frequencies = frequencies, frequencies.detach().clone()
+
+    def intact(self) -> bool:
+        """Whether everything is still as it was bound."""
+        if not self.watch.intact():
+            return False
+        now, then = self.frequencies, self.bound_frequencies
+        return now.dtype is then.dtype and torch.equal(now, then)

@@ -1,0 +1,316 @@
+"""A layer of a DynamicCache that kernels append to in place.
+
+As a slot (see slots.py) it offers `buffers`, a tuple (keys, values) of (batch, heads, capacity,
+head_dim) tensors that is replaced as a whole, so that the identity of the tuple vouches for the
+pointers; `length`, the tokens present;
+`length_address`, the address of the int64 that holds it; `reserve` and `advance`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import inspect
+from typing import Any
+
+import torch
+from transformers.cache_utils import DynamicLayer
+
+from .report import FusionError, Reason
+
+_LEAST_GROWTH = 64  # tokens
+# earlier versions of transformers crop to a length where later ones remove a number of tokens
+_CROPS_BY_COUNT = "tokens_to_remove" in inspect.signature(DynamicLayer.crop).parameters
+
+
+def _allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> tuple:
+    """Two tensors that may be written both inside and outside inference mode."""
+    with torch.inference_mode(False), torch.no_grad():
+        return torch.empty(shape, dtype=dtype, device=device), torch.empty(
+            shape, dtype=dtype, device=device
+        )
+
+
+class GrowableLayer(DynamicLayer):
+    """A DynamicLayer whose tokens lie in buffers with room to grow.
+
+    It is packed (buffers and a length) after a fused call and loose (two plain tensors, exactly
+    what DynamicLayer would hold) where stock code needs that: gradients, odd shapes, keys or
+    values assigned from outside. The next
+    `reserve` packs it again. `keys` and `values` are views of the live tokens. What a caller may
+    have kept of them is never overwritten: removing tokens from a packed layer that has handed out
+    views moves it to new buffers.
+    """
+
+    _layer_type = None  # a registered type would replace DynamicLayer for every model
+
+    def __init__(self, **kwargs):
+        self._cell = ctypes.c_int64(0)
+        self.length_address = ctypes.addressof(self._cell)
+        self.buffers: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._loose: list[Any] = [None, None]
+        self._started = False
+        self._viewed = False
+        self._spare: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._layout: tuple = ()
+        self.native_caches: Any = None  # a back end's structs over the buffers of all layers
+        self._capacity = 0
+
+    @classmethod
+    def adopt(cls, layer: DynamicLayer) -> GrowableLayer:
+        """A loose layer with the state of `layer`; copies nothing."""
+        self = cls()
+        self._loose = [layer.keys, layer.values]
+        self._started = layer.is_initialized
+        if layer.is_initialized:
+            self.dtype, self.device = layer.dtype, layer.device
+        return self
+
+    # What a back end uses
+
+    @property
+    def length(self) -> int:
+        """Tokens present."""
+        if self.buffers is not None:
+            return self._cell.value
+        keys = self._loose[0]
+        return keys.shape[-2] if self._started and keys is not None and keys.numel() else 0
+
+    def reserve(
+        self, batch: int, heads: int, head_dim: int, tokens: int, dtype: torch.dtype
+    ) -> None:
+        """Makes room for `tokens` more in `buffers`; moves everything or, on an error, nothing.
+
+        Raises FusionError where the tokens present have another shape or dtype, or are part of a
+        gradient.
+        """
+        layout = (batch, heads, head_dim, dtype)
+        # the layout is that of the buffers, and of nothing while there are none
+        if self._layout == layout and self._cell.value + tokens <= self._capacity:
+            return
+        length = self.length
+        if length:
+            self._check_live(layout)
+            old = self._live(length)
+        device = old[0].device if length else torch.device("cpu")
+        need = length + tokens
+        growth = self._capacity + self._capacity // 2 if self._layout == layout else 0
+        capacity = max(need + _LEAST_GROWTH, growth)
+        buffers = _allocate((batch, heads, capacity, head_dim), dtype, device)
+        if length:
+            with torch.no_grad():
+                buffers[0][:, :, :length].copy_(old[0])
+                buffers[1][:, :, :length].copy_(old[1])
+        self._pack(buffers, length, layout)
+
+    def advance(self, tokens: int) -> None:
+        """Counts `tokens` that a torch back end has written behind the live ones."""
+        self._cell.value += tokens
+
+    # How the two states change into each other
+
+    def _pack(self, buffers: tuple, length: int, layout: tuple) -> None:
+        # in an order that an interrupt may cut anywhere: the layout, which `reserve` trusts, comes
+        # last
+        self._layout, self._spare, self.native_caches = (), None, None
+        self._cell.value = length
+        self.dtype, self.device = buffers[0].dtype, buffers[0].device
+        self.buffers = buffers
+        self._loose, self._viewed = [None, None], False
+        self._capacity = buffers[0].shape[2]
+        self._layout = layout
+
+    def _loosen(self) -> None:
+        """Turns the buffers into plain views; nothing writes to them any more."""
+        if self.buffers is None:
+            return
+        started, length = self.is_initialized, self._cell.value
+        self._loose = list(self._live(length)) if started else [None, None]
+        self._layout, self._spare, self.native_caches = (), None, None
+        self.buffers, self._capacity = None, 0
+        self._started = started
+
+    def _live(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.buffers is None:
+            return self._loose[0], self._loose[1]
+        return self.buffers[0][:, :, :length], self.buffers[1][:, :, :length]
+
+    def _check_live(self, layout: tuple) -> None:
+        keys, values = self._live(self.length)
+        batch, heads, head_dim, dtype = layout
+        for name, tensor in (("keys", keys), ("values", values)):
+            if type(tensor) is not torch.Tensor or tensor.layout is not torch.strided:
+                raise FusionError(
+                    Reason.CACHE_STATE, f"cached {name} are a {type(tensor).__name__}"
+                )
+            if tensor.device.type != "cpu" or tensor.dtype != dtype:
+                raise FusionError(
+                    Reason.CACHE_STATE,
+                    f"cached {name} are {tensor.dtype} on {tensor.device}, expected {dtype} on cpu",
+                )
+            if tensor.requires_grad:
+                raise FusionError(Reason.GRADIENTS, f"cached {name} require gradients")
+            expected = (batch, heads, keys.shape[-2], head_dim)
+            if tuple(tensor.shape) != expected:
+                raise FusionError(
+                    Reason.CACHE_STATE,
+                    f"cached {name} have shape {tuple(tensor.shape)}, expected {expected}",
+                )
+
+    # What transformers uses
+
+    @property
+    def keys(self) -> torch.Tensor | None:
+        """(batch, heads, length, head_dim), None before the first token."""
+        return self._view(0)
+
+    @keys.setter
+    def keys(self, value: torch.Tensor | None) -> None:
+        self._loosen()
+        self._loose[0] = value
+
+    @property
+    def values(self) -> torch.Tensor | None:
+        """(batch, heads, length, head_dim), None before the first token."""
+        return self._view(1)
+
+    @values.setter
+    def values(self, value: torch.Tensor | None) -> None:
+        self._loosen()
+        self._loose[1] = value
+
+    def _view(self, which: int) -> torch.Tensor | None:
+        if self.buffers is None:
+            return self._loose[which]
+        if not self.is_initialized:
+            return None
+        self._viewed = True
+        return self.buffers[which][:, :, : self._cell.value]
+
+    @property
+    def is_initialized(self) -> bool:
+        """Whether the layer has been given a dtype and a device, as DynamicLayer means it."""
+        return self._started or (self.buffers is not None and self._cell.value > 0)
+
+    @is_initialized.setter
+    def is_initialized(self, value: bool) -> None:
+        self._loosen()
+        self._started = value
+
+    def get_seq_length(self) -> int:
+        """Tokens present."""
+        return self.length
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """As DynamicLayer: takes dtype and device, holds nothing yet."""
+        self._loosen()
+        super().lazy_initialization(key_states, value_states)
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
+    ) -> tuple:
+        """Appends (batch, heads, tokens, head_dim); returns all keys and values."""
+        if not self._appendable(key_states, value_states):
+            self._loosen()
+            return super().update(key_states, value_states, *args, **kwargs)
+        batch, heads, tokens, head_dim = key_states.shape
+        try:
+            self.reserve(batch, heads, head_dim, tokens, key_states.dtype)
+        except FusionError:
+            self._loosen()
+            return super().update(key_states, value_states, *args, **kwargs)
+        length = self._cell.value
+        with torch.no_grad():
+            self.buffers[0][:, :, length : length + tokens].copy_(key_states)
+            self.buffers[1][:, :, length : length + tokens].copy_(value_states)
+        self._started = True
+        self._cell.value = length + tokens
+        return self.keys, self.values
+
+    @staticmethod
+    def _appendable(keys: torch.Tensor, values: torch.Tensor) -> bool:
+        return (
+            type(keys) is torch.Tensor
+            and type(values) is torch.Tensor
+            and keys.dim() == 4
+            and keys.shape == values.shape
+            and keys.dtype == values.dtype
+            and keys.device.type == values.device.type == "cpu"
+            and not (torch.is_grad_enabled() and (keys.requires_grad or values.requires_grad))
+        )
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Removes the last `-tokens_to_remove` tokens; errors are DynamicLayer's."""
+        if self.buffers is None or not _CROPS_BY_COUNT or tokens_to_remove > 0:
+            return super().crop(tokens_to_remove)
+        if tokens_to_remove == 0:
+            return None
+        length = self._cell.value
+        left = max(0, length - abs(tokens_to_remove))
+        started = self.is_initialized
+        if self._viewed and left < length:
+            self._move(left)
+        self._cell.value, self._started = left, started
+        return None
+
+    def _move(self, length: int) -> None:
+        """New buffers of the same capacity with the first `length` tokens."""
+        old = self._live(length)
+        buffers = _allocate(tuple(self.buffers[0].shape), self.dtype, self.device)
+        with torch.no_grad():
+            buffers[0][:, :, :length].copy_(old[0])
+            buffers[1][:, :, :length].copy_(old[1])
+        self._pack(buffers, length, self._layout)
+
+    def reset(self) -> None:
+        """Forgets everything, as DynamicLayer does."""
+        self._loosen()
+        self._loose, self._started = [None, None], False
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Row b becomes what row beam_idx[b] was; an identity costs nothing."""
+        if self.buffers is None or self._cell.value == 0:
+            return super().reorder_cache(beam_idx)
+        batch, length = self.buffers[0].shape[0], self._cell.value
+        if beam_idx.dim() != 1 or beam_idx.shape[0] != batch:
+            self._loosen()
+            return super().reorder_cache(beam_idx)
+        index = beam_idx.to(self.device)
+        if index.tolist() == list(range(batch)):
+            return None
+        spare = self._spare or _allocate(tuple(self.buffers[0].shape), self.dtype, self.device)
+        with torch.no_grad():
+            for source, target in zip(self._live(length), spare, strict=True):
+                torch.index_select(source, 0, index, out=target[:, :, :length])
+        old, viewed = self.buffers, self._viewed
+        self.buffers = spare
+        self._spare, self._viewed = (None if viewed else old), False
+        return None
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeats every batch row `repeats` times."""
+        self._loosen()
+        super().batch_repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keeps the batch rows `indices`."""
+        self._loosen()
+        super().batch_select_indices(indices)
+
+    def offload(self) -> None:
+        """Moves the tokens to the CPU."""
+        self._loosen()
+        super().offload()
+
+    def prefetch(self) -> None:
+        """Moves the tokens back to the device they came from."""
+        self._loosen()
+        super().prefetch()
+
+    def __reduce_ex__(self, protocol: int) -> tuple:
+        """Copies and pickles as a plain DynamicLayer holding the live tokens only."""
+        state: dict[str, Any] = {"is_initialized": self.is_initialized}
+        live = self._live(self._cell.value) if state["is_initialized"] else (None, None)
+        packed = self.buffers is not None and state["is_initialized"]
+        state["keys"], state["values"] = (t.clone() for t in live) if packed else live
+        state.update({k: v for k, v in vars(self).items() if k in ("dtype", "device")})
+        return DynamicLayer, (), state

@@ -1,0 +1,150 @@
+"""The command `hf-fusion`: info, ablate, perplexity and bench, thin over `hf_fusion.harness`.
+
+Exit codes: 0, every number has its verdict; 1, one has not; 2, a value is not accepted (one line
+says which).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from hf_fusion import FusionError, harness
+from hf_fusion.harness import info, inputs, options
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; `argv` None means the process's own arguments. Returns the exit code."""
+    return dispatch(build_parser(), argv)
+
+
+def dispatch(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> int:
+    """Parses and runs what the parser's `run` default says, refusals as one line on stderr."""
+    _quiet_libraries()
+    try:
+        arguments = parser.parse_args(argv)
+        return arguments.run(arguments)
+    except (inputs.InputError, FusionError) as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{parser.prog}: interrupted", file=sys.stderr)
+        return 130
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser with all commands; each sets `run`, which takes the parsed arguments."""
+    parser = options.Parser(
+        prog="hf-fusion",
+        description="Fused kernels for Hugging Face models: what, how fast, how exact.",
+    )
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    for name, add, run, note in (
+        ("info", options.add_info, _info, "library, instruction sets, back ends, families"),
+        ("ablate", options.add_ablate, _ablate, "time every rung of fusion against stock"),
+        ("perplexity", options.add_perplexity, _perplexity, "perplexity of rungs against stock"),
+        ("bench", options.add_bench, _bench, "stock, full and the read stream for many shapes"),
+    ):
+        command = commands.add_parser(name, help=note)
+        add(command)
+        command.set_defaults(run=run)
+    return parser
+
+
+def _info(arguments: argparse.Namespace) -> int:
+    found = info.collect()
+    print(json.dumps(found, indent=2) if arguments.json else info.text(found))
+    return 0
+
+
+def _ablate(arguments: argparse.Namespace) -> int:
+    options.check_outputs(arguments)
+    sweeping = arguments.context or len(arguments.batch) > 1
+    if arguments.context and len(arguments.batch) > 1:
+        raise inputs.InputError("--context and several --batch are given: expected one sweep")
+    rungs = arguments.rungs or ((inputs.STOCK, "full") if sweeping else inputs.RUNGS)
+    settings = ablation_settings(arguments, rungs)
+    if arguments.context:
+        return report(harness.run_context_sweep(settings, arguments.context), arguments)
+    if sweeping:
+        return report(harness.run_batch_sweep(settings, arguments.batch), arguments)
+    return report(harness.run_ablation(settings), arguments)
+
+
+def _perplexity(arguments: argparse.Namespace) -> int:
+    options.check_outputs(arguments)
+    settings = harness.PerplexitySettings(
+        model=arguments.model,
+        dtype=arguments.dtype,
+        rungs=tuple(arguments.rungs),
+        paths=tuple(arguments.path),
+        backend=arguments.backend,
+        text=arguments.text,
+        dataset=arguments.dataset,
+        dataset_config=arguments.dataset_config,
+        split=arguments.split,
+        column=arguments.column,
+        window=arguments.window,
+        stride=arguments.stride,
+        max_windows=arguments.windows,
+        batch=arguments.batch,
+        threads=arguments.threads,
+        seed=arguments.seed,
+    )
+    return report(harness.run_perplexity(settings), arguments)
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    options.check_outputs(arguments)
+    settings = replace(_timing_settings(arguments, (inputs.STOCK, "full")), batch=arguments.batch)
+    return report(harness.run_bench(arguments.cases, settings), arguments)
+
+
+def ablation_settings(arguments: argparse.Namespace, rungs: Sequence[str]) -> harness.Settings:
+    """The settings that the options of `options.add_ablate` say, for `rungs`."""
+    return replace(
+        _timing_settings(arguments, rungs),
+        model=arguments.model,
+        dtype=arguments.dtype,
+        batch=arguments.batch[0],
+        memory=arguments.memory,
+    )
+
+
+def report(result: Any, arguments: argparse.Namespace) -> int:
+    """Prints and writes a result; 1 when something in it has no verdict."""
+    to_stdout = arguments.json == "-"
+    print(json.dumps(result.to_dict(), indent=2) if to_stdout else result.markdown())
+    picture = getattr(arguments, "plot", None)
+    harness.write(result, None if to_stdout else arguments.json, arguments.markdown, picture)
+    return 0 if result.passed else 1
+
+
+def _timing_settings(arguments: argparse.Namespace, rungs: Sequence[str]) -> harness.Settings:
+    return harness.Settings(
+        rungs=(*rungs, inputs.COMPILED) if arguments.compiled else tuple(rungs),
+        backend=arguments.backend,
+        rounds=arguments.rounds,
+        prompt_tokens=arguments.prompt,
+        new_tokens=arguments.new_tokens,
+        threads=arguments.threads,
+        seed=arguments.seed,
+        loop=arguments.loop,
+    )
+
+
+def _quiet_libraries() -> None:
+    """Keeps other libraries' loading bars and advice on generation flags out of the tables."""
+    from transformers.utils import logging as library
+
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    library.disable_progress_bar()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,213 @@
+"""What a single call may look like to run fused.
+
+Every check raises FusionError with the reason. Nothing visible has changed by then: at most the
+layers of a cache have become growable ones with the same content.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils._device import DeviceContext
+from transformers.cache_utils import DynamicCache
+
+from .arguments import (
+    check_cache_position,
+    check_gradients,
+    check_hidden,
+    check_ids,
+    check_mask,
+    check_model_mask,
+    check_positions,
+    check_rope,
+)
+from .binding import LayerBinding, ModelBinding
+from .report import FusionError, Reason
+from .slots import StaticSlot, common_length, upgrade
+
+try:
+    from transformers.utils.output_capturing import _active_collector
+except ImportError:  # no collector, no captured outputs
+    _active_collector = None
+
+_function_modes = torch._C._len_torch_function_stack
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_functorch = torch._C._functorch.peek_interpreter_stack
+_tracing = torch._C._get_tracing_state
+_autocast = torch.is_autocast_enabled
+
+_MODEL_ARGUMENTS = {
+    "input_ids", "attention_mask", "position_ids", "inputs_embeds", "past_key_values", "use_cache",
+    "return_dict", "output_attentions", "output_hidden_states", "is_causal", "labels",
+    "logits_to_keep", "cache_position",
+}  # fmt: skip
+_LAYER_ARGUMENTS = {
+    "hidden_states", "attention_mask", "position_ids", "use_cache", "position_embeddings",
+    "output_attentions", "output_hidden_states", "is_causal", "cache_position",
+}  # fmt: skip
+
+
+def check_environment() -> None:
+    """Raises FusionError where a mode or transform of torch is active."""
+    if _function_modes() or _dispatch_modes() or _autocast("cpu") or _functorch() is not None:
+        _explain_environment()
+    if _tracing() is not None:
+        raise FusionError(Reason.TRACING, "torch.jit is tracing")
+
+
+def _explain_environment() -> None:
+    if _functorch() is not None:
+        raise FusionError(Reason.FUNCTORCH, "a functorch transform is active")
+    if _autocast("cpu"):
+        raise FusionError(Reason.AUTOCAST, "autocast is enabled for the CPU")
+    if _dispatch_modes():
+        raise FusionError(Reason.TORCH_MODE, "a torch dispatch mode is active")
+    for mode in torch.overrides._get_current_function_mode_stack():
+        # a default device of cpu changes nothing here
+        if type(mode) is not DeviceContext or mode.device.type != "cpu":
+            raise FusionError(
+                Reason.TORCH_MODE, f"a torch function mode is active: {type(mode).__name__}"
+            )
+
+
+def captured_outputs() -> dict:
+    """What transformers is collecting right now, by name; empty where nothing."""
+    return (_active_collector.get() if _active_collector is not None else None) or {}
+
+
+class ModelCall(NamedTuple):
+    """A call of a whole model that may run; ids (B, q) or embeds (B, q, hidden) are given."""
+
+    ids: torch.Tensor | None
+    embeds: torch.Tensor | None
+    cache: Any
+    slots: list
+    mask: torch.Tensor | None
+    positions: torch.Tensor | None
+    keep: int
+    rows: int
+
+
+def read_model_call(binding: ModelBinding, call: dict[str, Any], config: dict) -> ModelCall:
+    """The call as a back end takes it; `config`: __dict__ of the called model's configuration."""
+    get = call.get
+    if not call.keys() <= _MODEL_ARGUMENTS:
+        _check_unknown(call, _MODEL_ARGUMENTS)
+    if get("labels") is not None:
+        raise FusionError(Reason.LABELS, "labels are given")
+    _check_outputs(call, vars(binding.config))
+    return_dict = get("return_dict")
+    if not (config.get("return_dict", True) if return_dict is None else return_dict):
+        raise FusionError(Reason.RETURN_TUPLE, "a tuple is asked for in place of a model output")
+    ids, embeds = get("input_ids"), get("inputs_embeds")
+    if (ids is None) == (embeds is None):
+        raise FusionError(Reason.INPUT, "expected exactly one of input_ids and inputs_embeds")
+    if embeds is None:
+        ids = check_ids(ids)
+        batch, queries = ids.shape
+    else:
+        embeds = check_hidden("inputs_embeds", embeds, binding.hidden, binding.dtype)
+        batch, queries = embeds.shape[:2]
+    keep = get("logits_to_keep", 0)
+    if type(keep) is not int or keep < 0:
+        raise FusionError(
+            Reason.ARGUMENT, f"logits_to_keep is {keep!r}, expected an integer of at least 0"
+        )
+    if torch.is_grad_enabled():
+        check_gradients([*binding.watch.tensors, embeds, get("attention_mask")])
+
+    cache = get("past_key_values")
+    if cache is None:
+        use_cache = get("use_cache")
+        if use_cache if use_cache is not None else vars(binding.config).get("use_cache"):
+            cache = DynamicCache(config=binding.config)
+    if cache is None:
+        slots, past = [None] * binding.count, 0
+    else:
+        slots = upgrade(cache, 0, binding.count)
+        past = common_length(slots)
+    if get("cache_position") is not None:
+        check_cache_position(call["cache_position"], past, queries)
+    positions = get("position_ids")
+    if positions is not None:
+        positions = check_positions(positions, batch, queries)
+    mask = get("attention_mask")
+    if mask is not None:
+        mask = check_model_mask(mask, batch, queries, past, binding, cache, slots)
+    elif (
+        cache is None
+        and positions is not None
+        and queries > 1
+        and bool((positions.diff() != 1).any())
+    ):
+        raise FusionError(
+            Reason.PACKED,
+            "position_ids restart inside a row, which packs several sequences into it",
+        )
+    return ModelCall(
+        ids, embeds, cache, slots, mask, positions, min(keep, queries), batch * queries
+    )
+
+
+def _check_unknown(call: dict, known: set) -> None:
+    for name in call.keys() - known:
+        if call[name] is not None:
+            raise FusionError(
+                Reason.ARGUMENT, f"argument {name} is given, which no fused forward takes"
+            )
+
+
+def _check_outputs(call: dict, config: dict) -> None:
+    """Refuses where attentions or hidden states are wanted, or attention is not causal."""
+    get = config.get
+    attentions = call.get(
+        "output_attentions", get("_output_attentions") or get("output_attentions")
+    )
+    hidden_states = call.get("output_hidden_states", get("output_hidden_states"))
+    if attentions or hidden_states or captured_outputs():
+        raise FusionError(Reason.OUTPUTS, "attentions or hidden states are asked for")
+    if call.get("is_causal", get("is_causal")) not in (None, True):
+        raise FusionError(Reason.NOT_CAUSAL, "is_causal is set to something else than True")
+
+
+class LayerCall(NamedTuple):
+    """A call of one layer that may run: x (B, q, hidden), cos and sin (B|1, q, rotary_dim)."""
+
+    x: torch.Tensor
+    slot: Any
+    mask: torch.Tensor | None
+    rope: tuple[torch.Tensor, torch.Tensor]
+
+
+def read_layer_call(binding: LayerBinding, call: dict[str, Any], cache_argument: str) -> LayerCall:
+    """The call as a back end takes it."""
+    get = call.get
+    cache = get(cache_argument)
+    if not call.keys() <= _LAYER_ARGUMENTS:
+        _check_unknown(call, _LAYER_ARGUMENTS | {cache_argument})
+    if get("output_attentions") or "attentions" in captured_outputs():
+        raise FusionError(Reason.OUTPUTS, "attentions are asked for")
+    if get("is_causal") not in (None, True) or vars(binding.config).get("is_causal") not in (
+        None,
+        True,
+    ):
+        raise FusionError(Reason.NOT_CAUSAL, "is_causal is set to something else than True")
+    x = check_hidden("hidden_states", get("hidden_states"), binding.spec.hidden, binding.dtype)
+    mask, rope = get("attention_mask"), get("position_embeddings")
+    batch, queries = x.shape[:2]
+    check_rope(rope, batch, queries, binding)
+    if torch.is_grad_enabled():
+        check_gradients([x, mask, *rope, *binding.tensors])
+    slot = upgrade(cache, binding.cache_index, 1)[0] if cache is not None else None
+    past = slot.length if slot is not None else 0
+    static = type(slot) is StaticSlot
+    if get("cache_position") is not None:
+        check_cache_position(call["cache_position"], past, queries)
+    if mask is not None:
+        check_mask(mask, batch, queries, past, binding.dtype, binding.implementation, static)
+    elif (queries > 1 and (past or binding.implementation == "eager")) or (static and queries == 1):
+        raise FusionError(
+            Reason.MASK, "attention_mask is None where that does not mean a causal mask"
+        )
+    return LayerCall(x, slot, mask, rope)

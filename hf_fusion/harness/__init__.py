@@ -1,0 +1,34 @@
+"""Measurements beside stock, each with its verdict: ablation, sweeps, bench, perplexity.
+
+from hf_fusion.harness import Settings, run_ablation
+print(run_ablation(Settings(model="pythia-70m", dtype="bf16")).markdown())
+"""
+
+from .ablation import AblationResult, Row, Settings, run_ablation
+from .inputs import RUNGS, InputError
+from .models import PYTHIA_SHAPES, LoadedModel, load_model
+from .perplexity import PerplexityResult, PerplexityRow, PerplexitySettings, run_perplexity
+from .render import write
+from .sweep import BenchResult, SweepResult, run_batch_sweep, run_bench, run_context_sweep
+
+__all__ = [
+    "AblationResult",
+    "BenchResult",
+    "InputError",
+    "LoadedModel",
+    "PYTHIA_SHAPES",
+    "PerplexityResult",
+    "PerplexityRow",
+    "PerplexitySettings",
+    "RUNGS",
+    "Row",
+    "Settings",
+    "SweepResult",
+    "load_model",
+    "run_ablation",
+    "run_batch_sweep",
+    "run_bench",
+    "run_context_sweep",
+    "run_perplexity",
+    "write",
+]

@@ -1,0 +1,111 @@
+"""What a number needs beside it to be a claim: machine, versions, commit, command."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import hf_fusion
+
+STREAM_BYTES = 512 * 1024 * 1024
+
+
+def environment(threads: int | None = None) -> dict[str, Any]:
+    """Machine, versions, commit and command line of this process, ready for JSON."""
+    return {
+        "cpu": cpu_model(),
+        "cores": os.cpu_count(),
+        "isa": _isa(),
+        "torch_isa": torch.backends.cpu.get_cpu_capability(),
+        "threads": threads or torch.get_num_threads(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in ("hf-fusion", "torch", "transformers")},
+        "commit": commit(),
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+    }
+
+
+def describe(record: dict[str, Any]) -> str:
+    """One line for under a table."""
+    versions = ", ".join(f"{name} {value}" for name, value in record["versions"].items() if value)
+    source = f", commit {record['commit']}" if record["commit"] else ""
+    return (
+        f"Machine: {record['cpu']}, {record['cores']} cores, threads {record['threads']}, "
+        f"kernels {record['isa'] or 'absent'}; {versions}{source}."
+    )
+
+
+def cpu_model() -> str:
+    """The CPU's name as the kernel gives it, else the architecture."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def commit() -> str | None:
+    """The commit of the source tree the package runs from, with "+" when that tree has changes;
+    None elsewhere.
+    """
+    for root in hf_fusion.__path__:
+        folder = Path(root).parent
+        if not (folder / ".git").exists():
+            continue
+        try:
+            head = _git(folder, "rev-parse", "--short=12", "HEAD")
+            changed = _git(folder, "status", "--porcelain", "--untracked-files=no")
+        except (OSError, subprocess.SubprocessError):
+            return None
+        return head + ("+" if changed else "")
+    return None
+
+
+def read_stream(threads: int) -> float | None:
+    """Bytes per second that `threads` threads read from a 512 MB buffer; None where the library is
+    absent.
+    """
+    try:
+        from hf_fusion import native
+
+        return float(native.read_stream_bandwidth(STREAM_BYTES, threads))
+    except (ImportError, OSError, AttributeError, hf_fusion.FusionError):
+        return None
+
+
+def _isa() -> str | None:
+    try:
+        from hf_fusion import native
+
+        return native.isa()
+    except (ImportError, OSError, AttributeError, hf_fusion.FusionError):
+        return None
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    done = subprocess.run(
+        ["git", "-C", str(folder), *arguments],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=20,
+    )
+    return done.stdout.strip()
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return getattr(hf_fusion, "__version__", None) if name == "hf-fusion" else None

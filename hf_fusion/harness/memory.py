@@ -1,0 +1,103 @@
+"""Peak memory of one rung, measured in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from .inputs import InputError
+
+
+def peak_memory(
+    model: str,
+    dtype: str,
+    rung: str,
+    backend: str,
+    prompt_tokens: int,
+    new_tokens: int,
+    batch: int,
+    threads: int,
+    seed: int,
+) -> dict[str, int]:
+    """Bytes resident after loading ("loaded") and at the peak of a generation ("peak"), in a fresh
+    process.
+    """
+    request = dict(
+        model=model,
+        dtype=dtype,
+        rung=rung,
+        backend=backend,
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        batch=batch,
+        threads=threads,
+        seed=seed,
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", f"from {__name__} import child; child()", json.dumps(request)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise InputError(
+            f"peak memory of rung {rung!r} was not measured, its process ended with {last}"
+        )
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def resident() -> tuple[int, int]:
+    """(bytes resident now, largest so far) of this process.
+
+    VmHWM belongs to the process image; ru_maxrss, used where /proc is absent, would also count the
+    parent's.
+    """
+    try:
+        fields = dict(
+            line.split(":", 1)
+            for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+        )
+        return _kilobytes(fields["VmRSS"]), _kilobytes(fields["VmHWM"])
+    except (OSError, KeyError):
+        unit = 1 if sys.platform == "darwin" else 1024
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        return peak, peak
+
+
+def forget_peak() -> None:
+    """Sets the largest-so-far to what is resident now, where the kernel lets a process do that."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    except OSError:
+        pass
+
+
+def _kilobytes(field: str) -> int:
+    return int(field.split()[0]) * 1024
+
+
+def child() -> None:
+    """What the process of `peak_memory` runs: a request in the first argument, the answer on
+    stdout, both JSON.
+    """
+    print(json.dumps(_measure(json.loads(sys.argv[1]))))
+
+
+def _measure(request: dict[str, Any]) -> dict[str, int]:
+    from .models import load_model, prompts
+    from .timing import RungRunner, torch_threads
+
+    loaded = load_model(request["model"], request["dtype"], request["seed"])
+    (prompt,) = prompts(loaded, 1, request["batch"], request["prompt_tokens"], request["seed"])
+    with torch_threads(request["threads"]):
+        forget_peak()
+        before, _ = resident()
+        RungRunner(loaded.model, request["rung"], request["backend"]).run(
+            prompt, request["new_tokens"]
+        )
+    return {"loaded": before, "peak": resident()[1]}

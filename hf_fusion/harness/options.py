@@ -1,0 +1,160 @@
+"""The command line's options, shared by commands: names, checks and help texts."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+from . import inputs, models, perplexity, plots, sweep, timing
+
+_RUNGS = f"of {', '.join(inputs.RUNGS)}"
+_SHAPES = ", ".join(models.PYTHIA_SHAPES)
+_MODEL = (
+    'a hub id, a local folder, "tiny" (the shipped checkpoint) or a Pythia shape with seeded '
+    f"random weights: {_SHAPES}"
+)
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are InputErrors, so that every refusal is one line."""
+
+    def error(self, message: str) -> Any:
+        """Raises; argparse would print the usage and exit."""
+        raise inputs.InputError(message)
+
+
+def add_ablate(parser: argparse.ArgumentParser) -> None:
+    """The options of an ablation or a sweep of two rungs."""
+    parser.description = (
+        "Times each rung beside stock in interleaved rounds. A rung without a verdict gets no time."
+    )
+    _add_model(parser, "tiny", "bf16")
+    note = f"{_RUNGS}; default all, for a sweep stock,full"
+    parser.add_argument("--rungs", type=inputs.words, default=None, metavar="A,B", help=note)
+    _add_timing(parser)
+    note = "sequences at once; several make a batch sweep, such as 1,2,4,8,16 (default 1)"
+    parser.add_argument("--batch", type=_integers, default=(1,), metavar="N,N", help=note)
+    note = "a sweep over tokens already in the cache, such as 32,256,1024,1500,2048"
+    parser.add_argument("--context", type=_integers, default=(), metavar="N,N", help=note)
+    note = "also peak memory, each rung in a process of its own"
+    parser.add_argument("--memory", action="store_true", help=note)
+    _add_outputs(parser, picture=True)
+
+
+def add_perplexity(parser: argparse.ArgumentParser) -> None:
+    """The options of a perplexity run."""
+    parser.description = "Scores stock and rungs on the same windows, compared in pairs."
+    _add_model(parser, "tiny", "fp32")
+    note = f"{_RUNGS}; stock is always scored (default full)"
+    parser.add_argument("--rungs", type=inputs.words, default=("full",), metavar="A,B", help=note)
+    note = f"{', '.join(perplexity.PATHS)}: a window in one call, or token by token (default both)"
+    paths = perplexity.PATHS
+    parser.add_argument("--path", type=inputs.words, default=paths, metavar="A,B", help=note)
+    note = "a UTF-8 text file (default the shipped held-out text)"
+    parser.add_argument("--text", metavar="FILE", help=note)
+    note = "a name for datasets.load_dataset, in place of a file"
+    parser.add_argument("--dataset", metavar="NAME", help=note)
+    parser.add_argument("--dataset-config", metavar="NAME", help="such as wikitext-2-raw-v1")
+    parser.add_argument("--split", default="test", help="of the dataset (default test)")
+    parser.add_argument("--column", default="text", help="of the dataset (default text)")
+    _add_count(
+        parser, "--window", None, "tokens per window (default 512, or the model's length)", 2
+    )
+    _add_count(parser, "--stride", None, "tokens from window to window (default the window)")
+    _add_count(parser, "--windows", None, "at most this many windows (default all)")
+    _add_count(parser, "--batch", 1, "windows at once")
+    _add_count(parser, "--threads", None, "threads (default torch's own choice)")
+    _add_outputs(parser, picture=False)
+
+
+def add_bench(parser: argparse.ArgumentParser) -> None:
+    """The options of a bench over shapes and dtypes."""
+    parser.description = (
+        "One row per model and dtype: stock, full, and the share of the machine's read stream."
+    )
+    note = f"default {' '.join(sweep.BENCH_CASES)}"
+    cases = sweep.BENCH_CASES
+    parser.add_argument("cases", nargs="*", default=cases, metavar="MODEL:DTYPE", help=note)
+    _add_backend_and_seed(parser)
+    _add_timing(parser)
+    _add_count(parser, "--batch", 1, "sequences at once")
+    _add_outputs(parser, picture=True)
+
+
+def add_info(parser: argparse.ArgumentParser) -> None:
+    """The options of the report on this installation."""
+    parser.description = "What this installation can do on this machine, or why it cannot."
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def check_outputs(arguments: argparse.Namespace) -> None:
+    """Refuses a place that cannot be written, before anything is measured."""
+    for path in (arguments.json, arguments.markdown):
+        if path and path != "-":
+            inputs.output_path(path)
+    if getattr(arguments, "plot", None):
+        inputs.output_path(arguments.plot, plots.PICTURES)
+
+
+def _add_model(parser: argparse.ArgumentParser, model: str, dtype: str) -> None:
+    parser.add_argument("--model", default=model, help=f"{_MODEL} (default {model})")
+    note = f"{', '.join(inputs.DTYPES)} (default {dtype})"
+    parser.add_argument("--dtype", type=_told(inputs.dtype_name), default=dtype, help=note)
+    _add_backend_and_seed(parser)
+
+
+def _add_backend_and_seed(parser: argparse.ArgumentParser) -> None:
+    note = "back end of the rungs: auto, cpu or reference (default auto)"
+    parser.add_argument("--backend", default="auto", help=note)
+    _add_count(parser, "--seed", 0, "of random weights and prompts", 0)
+
+
+def _add_timing(parser: argparse.ArgumentParser) -> None:
+    _add_count(parser, "--prompt", 32, "prompt tokens")
+    _add_count(parser, "--new-tokens", 64, "tokens generated per round", 2)
+    _add_count(parser, "--rounds", 7, "rounds after the one that warms up")
+    _add_count(parser, "--threads", None, "threads (default torch's own choice)")
+    note = "generate: time between streamed tokens (default); forward: calls of the model alone"
+    parser.add_argument("--loop", choices=timing.LOOPS, default=timing.LOOPS[0], help=note)
+    note = "also stock under torch.compile with a static cache"
+    parser.add_argument("--compiled", action="store_true", help=note)
+
+
+def _add_outputs(parser: argparse.ArgumentParser, picture: bool) -> None:
+    note = "write the whole result as JSON; - prints it in place of the table"
+    parser.add_argument("--json", metavar="FILE", help=note)
+    parser.add_argument("--markdown", metavar="FILE", help="write the table")
+    if picture:
+        parser.add_argument("--plot", metavar="FILE", help=", ".join(plots.PICTURES))
+
+
+def _add_count(
+    parser: argparse.ArgumentParser, option: str, default: int | None, note: str, lowest: int = 1
+) -> None:
+    """One integer of at least `lowest`."""
+
+    def parse(text: str) -> int:
+        values = inputs.integers(text, "the value", lowest)
+        if len(values) != 1:
+            raise inputs.InputError(f"the value is {text!r}: expected one integer")
+        return values[0]
+
+    if default is not None:
+        note += f" (default {default})"
+    parser.add_argument(option, type=_told(parse), default=default, metavar="N", help=note)
+
+
+def _told(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    """`parse` with its own message in the error; argparse would replace a ValueError's."""
+
+    def told(text: str) -> Any:
+        try:
+            return parse(text)
+        except inputs.InputError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return told
+
+
+_integers = _told(lambda text: inputs.integers(text, "the value"))

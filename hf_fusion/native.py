@@ -1,0 +1,389 @@
+"""The native library: loaded by absolute path from inside the package, its structs mirrored, its statuses raised.
+
+Knows ctypes and the C ABI of csrc/include/hf_fusion.h, nothing of models or torch. A library that is missing, writable
+by anyone, of another ABI or with other struct sizes is refused with a FusionError(Reason.LIBRARY); nothing is searched
+for anywhere else.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import stat
+import sys
+import threading
+from ctypes import POINTER, c_char_p, c_double, c_float, c_int32, c_int64, c_uint64, c_void_p
+from pathlib import Path
+
+from .report import FusionError, Reason
+
+ABI_VERSION = 1
+MAX_ROWS = 16
+MAX_HEAD_DIM = 256
+
+OK, INVALID, UNSUPPORTED, OUT_OF_MEMORY, OUT_OF_RANGE, INTERNAL = range(6)
+F32, BF16, F16 = range(3)
+ACTIVATIONS = {"none": 0, "gelu_erf": 1, "gelu_tanh": 2, "relu": 3, "silu": 4}
+NORMS = {"layer": 0, "rms": 1}
+RESIDUALS = {"parallel": 0, "sequential": 1}
+QKV_LAYOUTS = {"per_head": 0, "stacked": 1}
+STAGES = {"attention": 0, "attention+up": 1, "full": 2}
+MASK_NONE, MASK_BOOL, MASK_INT64, MASK_ADDITIVE = range(4)
+
+_REASONS = {
+    INVALID: Reason.INVALID,
+    UNSUPPORTED: Reason.UNSUPPORTED,
+    OUT_OF_MEMORY: Reason.OUT_OF_MEMORY,
+    OUT_OF_RANGE: Reason.OUT_OF_RANGE,
+}
+
+
+class Buffer(ctypes.Structure):
+    """hff_input and hff_output: an address and the bytes behind it."""
+
+    _fields_ = [("data", c_void_p), ("bytes", c_int64)]
+
+
+class Linear(ctypes.Structure):
+    """hff_linear."""
+
+    _fields_ = [
+        ("weight", Buffer),
+        ("bias", Buffer),
+        ("rows", c_int64),
+        ("cols", c_int64),
+        ("row_stride", c_int64),
+    ]
+
+
+class Norm(ctypes.Structure):
+    """hff_norm."""
+
+    _fields_ = [("weight", Buffer), ("bias", Buffer), ("eps", c_float), ("kind", c_int32)]
+
+
+class Heads(ctypes.Structure):
+    """hff_heads."""
+
+    _fields_ = [
+        ("heads", c_int64),
+        ("kv_heads", c_int64),
+        ("head_dim", c_int64),
+        ("rotary_dim", c_int64),
+        ("scale", c_float),
+        ("qkv_layout", c_int32),
+    ]
+
+
+class Block(ctypes.Structure):
+    """hff_block."""
+
+    _fields_ = [
+        ("heads", Heads),
+        ("hidden", c_int64),
+        ("mlp_width", c_int64),
+        ("residual", c_int32),
+        ("activation", c_int32),
+        ("attention_norm", Norm),
+        ("mlp_norm", Norm),
+        ("qkv", Linear),
+        ("o", Linear),
+        ("up", Linear),
+        ("down", Linear),
+    ]
+
+
+class Cache(ctypes.Structure):
+    """hff_cache; `length` is the address of an int64."""
+
+    _fields_ = [
+        ("keys", Buffer),
+        ("values", Buffer),
+        ("batch_stride", c_int64),
+        ("head_stride", c_int64),
+        ("token_stride", c_int64),
+        ("capacity", c_int64),
+        ("length", c_void_p),
+    ]
+
+
+class Mask(ctypes.Structure):
+    """hff_mask."""
+
+    _fields_ = [
+        ("data", Buffer),
+        ("batch_stride", c_int64),
+        ("query_stride", c_int64),
+        ("key_stride", c_int64),
+        ("keys", c_int64),
+        ("kind", c_int32),
+        ("reserved", c_int32),
+    ]
+
+
+class Call(ctypes.Structure):
+    """hff_call."""
+
+    _fields_ = [
+        ("struct_size", c_uint64),
+        ("dtype", c_int32),
+        ("threads", c_int32),
+        ("batch", c_int64),
+        ("queries", c_int64),
+        ("causal", c_int32),
+        ("reserved", c_int32),
+        ("positions", Buffer),
+        ("position_batch_stride", c_int64),
+        ("position_query_stride", c_int64),
+        ("cos", Buffer),
+        ("sin", Buffer),
+        ("rope_rows", c_int64),
+        ("mask", Mask),
+    ]
+
+
+class BlockIo(ctypes.Structure):
+    """hff_block_io."""
+
+    _fields_ = [
+        ("struct_size", c_uint64),
+        ("x", Buffer),
+        ("attention_out", Buffer),
+        ("up_out", Buffer),
+        ("out", Buffer),
+        ("stage", c_int32),
+        ("reserved", c_int32),
+    ]
+
+
+class Model(ctypes.Structure):
+    """hff_model."""
+
+    _fields_ = [
+        ("struct_size", c_uint64),
+        ("hidden", c_int64),
+        ("vocab", c_int64),
+        ("embedding", Buffer),
+        ("blocks", POINTER(Block)),
+        ("block_count", c_int64),
+        ("final_norm", Norm),
+        ("head", Linear),
+    ]
+
+
+class DecodeIo(ctypes.Structure):
+    """hff_decode_io."""
+
+    _fields_ = [
+        ("struct_size", c_uint64),
+        ("ids", Buffer),
+        ("id_batch_stride", c_int64),
+        ("id_query_stride", c_int64),
+        ("x", Buffer),
+        ("logits", Buffer),
+        ("hidden", Buffer),
+        ("keep", c_int64),
+    ]
+
+
+class AttentionIo(ctypes.Structure):
+    """hff_attention_io."""
+
+    _fields_ = [("struct_size", c_uint64), ("qkv", Buffer), ("qkv_row_stride", c_int64), ("out", Buffer)]
+
+
+class LinearIo(ctypes.Structure):
+    """hff_linear_io."""
+
+    _fields_ = [
+        ("struct_size", c_uint64),
+        ("dtype", c_int32),
+        ("threads", c_int32),
+        ("rows", c_int64),
+        ("activation", c_int32),
+        ("reserved", c_int32),
+        ("x", Buffer),
+        ("out", Buffer),
+    ]
+
+
+class NormIo(ctypes.Structure):
+    """hff_norm_io."""
+
+    _fields_ = [
+        ("struct_size", c_uint64),
+        ("dtype", c_int32),
+        ("threads", c_int32),
+        ("rows", c_int64),
+        ("hidden", c_int64),
+        ("x", Buffer),
+        ("out", Buffer),
+    ]
+
+
+STRUCTS = (
+    Buffer, Buffer, Linear, Norm, Heads, Block, Cache, Mask, Call, BlockIo, Model, DecodeIo, AttentionIo, LinearIo, NormIo,
+)  # fmt: skip
+
+_SIGNATURES = {
+    "hff_decode": (c_int32, [POINTER(Call), POINTER(Model), POINTER(Cache), POINTER(DecodeIo)]),
+    "hff_block_forward": (c_int32, [POINTER(Call), POINTER(Block), POINTER(Cache), POINTER(BlockIo)]),
+    "hff_attention_forward": (c_int32, [POINTER(Call), POINTER(Heads), POINTER(Cache), POINTER(AttentionIo)]),
+    "hff_linear_forward": (c_int32, [POINTER(Linear), POINTER(LinearIo)]),
+    "hff_norm_forward": (c_int32, [POINTER(Norm), POINTER(NormIo)]),
+    "hff_advance": (c_int32, [POINTER(Cache), c_int64, c_int64]),
+    "hff_abi_version": (c_int32, []),
+    "hff_struct_size": (c_uint64, [c_int32]),
+    "hff_last_error": (c_char_p, []),
+    "hff_isa_name": (c_char_p, [c_int32, POINTER(c_char_p)]),
+    "hff_select_isa": (c_int32, [c_char_p]),
+    "hff_isa": (c_char_p, []),
+    "hff_use_openmp": (c_int32, [c_void_p, c_void_p, c_void_p]),
+    "hff_huge_pages": (c_int64, [c_void_p, c_int64]),
+    "hff_read_stream": (c_double, [c_void_p, c_int64, c_int32]),
+}
+
+_library: ctypes.CDLL | None = None
+_lock = threading.Lock()
+
+
+def sized(struct: type[ctypes.Structure]) -> ctypes.Structure:
+    """A zeroed struct that carries its size."""
+    return struct(struct_size=ctypes.sizeof(struct))
+
+
+def library_path() -> Path:
+    """Where the package keeps its library; FusionError(Reason.LIBRARY) where it is absent or not to be trusted."""
+    name = "libhf_fusion.dylib" if sys.platform == "darwin" else "libhf_fusion.so"
+    folders = [Path(os.path.abspath(folder)) for folder in sys.modules[__package__].__path__]
+    for folder in folders:
+        path = folder / name
+        if not os.path.lexists(path):
+            continue
+        for trusted in (path, folder):
+            mode = os.stat(trusted).st_mode if trusted is folder else os.lstat(trusted).st_mode
+            if stat.S_ISLNK(mode) or mode & stat.S_IWOTH:
+                raise FusionError(
+                    Reason.LIBRARY,
+                    f"{trusted} is {'a link' if stat.S_ISLNK(mode) else f'writable by anyone ({mode & 0o777:o})'}, "
+                    "expected a plain file or folder that others may not write",
+                )
+        return path
+    raise FusionError(
+        Reason.LIBRARY, f"{name} is not in {' or '.join(map(str, folders))}; install the package to build it"
+    )
+
+
+def load() -> ctypes.CDLL:
+    """The library, loaded and checked once; FusionError(Reason.LIBRARY or Reason.ISA) where it cannot be used."""
+    global _library
+    if _library is not None:
+        return _library
+    with _lock:
+        if _library is None:
+            _library = _open(library_path())
+    return _library
+
+
+def _check_whole(path: Path) -> None:
+    """Raises FusionError where an ELF file ends before its section table does: loading it could end the process."""
+    with open(path, "rb") as file:
+        head = file.read(64)
+        size = file.seek(0, os.SEEK_END)
+    if head[:5] != b"\x7fELF\x02":
+        return  # the loader says what it is
+    if len(head) == 64:
+        entry, count = (int.from_bytes(head[at : at + 2], sys.byteorder) for at in (58, 60))
+        end = int.from_bytes(head[40:48], sys.byteorder) + entry * count
+    if len(head) < 64 or size < end:
+        raise FusionError(Reason.LIBRARY, f"{path} is cut off after {size} bytes")
+
+
+def _open(path: Path) -> ctypes.CDLL:
+    try:
+        _check_whole(path)
+        library = ctypes.CDLL(str(path))
+        for name, (result, arguments) in _SIGNATURES.items():
+            function = getattr(library, name)
+            function.restype, function.argtypes = result, arguments
+    except (OSError, AttributeError) as error:
+        raise FusionError(Reason.LIBRARY, f"{path} cannot be loaded: {error}") from error
+    version = library.hff_abi_version()
+    if version != ABI_VERSION:
+        raise FusionError(Reason.LIBRARY, f"{path} has ABI version {version}, expected {ABI_VERSION}")
+    for index, struct in enumerate(STRUCTS):
+        size = library.hff_struct_size(index)
+        if size != ctypes.sizeof(struct):
+            raise FusionError(
+                Reason.LIBRARY,
+                f"{path} has {struct.__name__} of {size} bytes, expected {ctypes.sizeof(struct)}",
+            )
+    if library.hff_isa() is None:
+        raise FusionError(Reason.ISA, library.hff_last_error().decode())
+    return library
+
+
+def check(status: int) -> None:
+    """Raises FusionError for a status that is not OK, with the library's own sentence."""
+    if status != OK:
+        raise FusionError(_REASONS.get(status, Reason.INTERNAL), load().hff_last_error().decode())
+
+
+def isa() -> str:
+    """Name of the instruction set in use: scalar, avx2, avx512 or avx512_bf16."""
+    return load().hff_isa().decode()
+
+
+def isas() -> list[tuple[str, str | None]]:
+    """Every instruction set in rising order with the reason it cannot be used here, None where it can."""
+    library, found = load(), []
+    reason = c_char_p()
+    while True:
+        name = library.hff_isa_name(len(found), ctypes.byref(reason))
+        if name is None:
+            return found
+        found.append((name.decode(), reason.value.decode() if reason.value else None))
+
+
+def select_isa(name: str | None) -> str:
+    """Forces an instruction set for the process, None for HF_FUSION_ISA or the best; returns the one in use."""
+    check(load().hff_select_isa(name.encode() if name is not None else None))
+    return isa()
+
+
+def use_openmp(folder: Path) -> str | None:
+    """Runs native calls on the threads of the OpenMP runtime that was loaded from `folder`; its file name.
+
+    Loads nothing: without a runtime from there in the process, native calls keep threads of their own, and the result
+    is None.
+    """
+    for path in sorted(folder.glob("lib*omp*.so*")):
+        try:
+            runtime = ctypes.CDLL(str(path), mode=os.RTLD_NOLOAD | os.RTLD_LAZY)
+            names = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
+            addresses = [ctypes.cast(getattr(runtime, name), c_void_p) for name in names]
+        except (OSError, AttributeError):
+            continue
+        check(load().hff_use_openmp(*addresses))
+        return path.name
+    return None
+
+
+def huge_pages(address: int, size: int) -> int:
+    """Bytes of [address, address + size) now backed by huge pages, in place."""
+    return load().hff_huge_pages(address, size)
+
+
+def read_stream_bandwidth(size: int = 512 << 20, threads: int = 1, repeats: int = 3) -> float:
+    """Bytes per second at which `threads` threads read `size` bytes of memory on huge pages, median of `repeats`."""
+    library = load()
+    with mmap.mmap(-1, size) as memory:
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        view = (ctypes.c_char * size).from_buffer(memory)
+        address = ctypes.addressof(view)
+        ctypes.memset(address, 1, size)
+        seconds = sorted(library.hff_read_stream(address, size, threads) for _ in range(repeats))
+        del view
+    return size / seconds[repeats // 2]

@@ -1,0 +1,207 @@
+"""patch, unpatch, patched and stats: forwards go onto one model and come off again."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import MethodType
+from typing import Any
+
+from torch import nn
+
+from . import patches as _patches  # noqa: F401  (the families register themselves)
+from .backends import check_fusion, resolve
+from .binding import LayerBinding
+from .forwards import BASE, CAUSAL_LM, KEY, LAYER, ROOT, UNPICKLED, Handle, State, forward_for
+from .reference import ReferenceBackend
+from .registry import Family, class_name, families, family_of
+from .report import FusionError, LayerReport, Reason, Report, Stats
+from .watch import is_ours
+
+# reasons that a model may outgrow between patching and calling
+_PASSING = {
+    Reason.TRAINING,
+    Reason.META,
+    Reason.GRADIENTS,
+    Reason.HOOKS,
+    Reason.DTYPE,
+    Reason.MIXED_DTYPE,
+}
+
+
+def patch(
+    model: nn.Module, fusion: str = "full", backend: str = "auto", strict: bool = False
+) -> Report:
+    """Makes this model instance run fused, in place; returns what was done, layer by layer.
+
+    fusion: "none" (wrappers that count and delegate), "decomposed" (attention as explicit torch
+    operations), "attention", "attention+up", "full". backend: "auto", "cpu", "cuda", "reference".
+    Weights are bound at the first call, so the model may still be moved, cast or loaded. A patched
+    model is patched again with the options given.
+
+    Raises FusionError for an unknown option or an absent back end and, with strict or
+    HF_FUSION_STRICT=1, for a model that would run stock; strict forwards raise where they would
+    otherwise run stock and count the reason.
+    """
+    if not isinstance(model, nn.Module):
+        raise FusionError(
+            Reason.NOT_A_MODEL, f"patch got a {type(model).__name__}, expected a torch.nn.Module"
+        )
+    check_fusion(fusion)
+    resolved = resolve(backend)
+    strict = strict or os.environ.get("HF_FUSION_STRICT", "") == "1"
+    family = family_of(model)
+    name = type(model).__name__
+    if family is None:
+        known = ", ".join(known.name for known in families())
+        error = FusionError(
+            Reason.UNKNOWN_FAMILY, f"no family file knows {name}, expected one of: {known}"
+        )
+        if strict:
+            raise error
+        unpatch(model)
+        return Report(name, None, fusion, backend, reason=error.reason, detail=error.message)
+    layer_backend = ReferenceBackend() if fusion == "decomposed" else resolved.backend
+    failure = None if fusion in ("none", "decomposed") else resolved.error
+    state = State(family, fusion, backend, strict, resolved.backend, layer_backend, failure)
+    report = _examine(model, state)
+    if strict:
+        _insist(report)
+    unpatch(model)
+    try:
+        _install(model, state)
+    except BaseException:
+        unpatch(model)
+        raise
+    return report
+
+
+def unpatch(model: nn.Module) -> None:
+    """Takes every forward of hf_fusion off the model; what was there before is there again.
+    Harmless twice.
+    """
+    for module in model.modules():
+        namespace = vars(module)
+        handle = namespace.get(KEY)
+        previous = handle.previous if type(handle) is Handle else None
+        for slot in ("_old_forward", "forward"):
+            value = namespace.get(slot)
+            if is_ours(value):
+                if previous is not None:
+                    namespace[slot] = previous
+                elif slot == "forward":
+                    del namespace[slot]
+                else:
+                    namespace[slot] = MethodType(type(module).forward, module)
+            elif slot == "forward" and type(handle) is str and _left_by_pickle(module, value):
+                del namespace[slot]
+        if handle is not None:
+            del namespace[KEY]
+
+
+@contextmanager
+def patched(
+    model: nn.Module, fusion: str = "full", backend: str = "auto", strict: bool = False
+) -> Iterator[Report]:
+    """`patch` for a with statement; what was there before is there again afterwards."""
+    handle = vars(model).get(KEY)
+    before = handle.state if type(handle) is Handle else None
+    report = patch(model, fusion, backend, strict)
+    try:
+        yield report
+    finally:
+        unpatch(model)
+        if before is not None:
+            _install(model, before)
+
+
+def stats(model: nn.Module) -> Stats:
+    """The counters of a patched model; empty ones with a note for a model that is not patched."""
+    handle = vars(model).get(KEY)
+    if type(handle) is Handle:
+        return handle.state.stats
+    return Stats(note=UNPICKLED if handle == UNPICKLED else "not patched")
+
+
+def _left_by_pickle(module: nn.Module, value: Any) -> bool:
+    """Whether `value` is the class's own forward that unpickling bound in place of ours."""
+    return isinstance(value, MethodType) and value.__func__ is type(module).forward
+
+
+def _bases(model: nn.Module, family: Family) -> list[tuple[str, nn.Module]]:
+    return [(name, m) for name, m in model.named_modules() if class_name(m) == family.base_class]
+
+
+def _install(model: nn.Module, state: State) -> None:
+    family, whole = state.family, state.fusion in ("none", "full")
+    vars(model)[KEY] = Handle(state, ROOT)
+    for module in model.modules():
+        if class_name(module) == family.causal_lm_class and whole:
+            _install_one(module, state, CAUSAL_LM)
+        elif class_name(module) == family.base_class and whole:
+            _install_one(module, state, BASE)
+        elif class_name(module) == family.layer_class:
+            _install_one(module, state, LAYER)
+
+
+def _install_one(module: nn.Module, state: State, level: str) -> None:
+    """Installs one forward: under accelerate's hooks, never over another override."""
+    namespace = vars(module)
+    slot = "_old_forward" if "_old_forward" in namespace else "forward"
+    if slot == "forward" and slot in namespace:
+        return
+    namespace[KEY] = Handle(state, level, namespace.get(slot))
+    namespace[slot] = MethodType(forward_for(type(module), level, state.fusion == "none"), module)
+
+
+def _examine(model: nn.Module, state: State) -> Report:
+    """The report of a model as it is now; binds nothing for good."""
+    family, backend = state.family, state.layer_backend
+    report = Report(type(model).__name__, family.name, state.fusion, state.name)
+    if state.error is not None:
+        report.reason, report.detail = state.error.reason, state.error.message
+    for prefix, base in _bases(model, family):
+        try:
+            family.parts(base)
+        except FusionError as error:
+            report.reason, report.detail = error.reason, error.message
+        layers = [
+            (name, m) for name, m in base.named_modules() if class_name(m) == family.layer_class
+        ]
+        for name, layer in layers:
+            error = state.error or _layer_error(family, layer, backend)
+            report.layers.append(
+                LayerReport(
+                    index=len(report.layers),
+                    name=f"{prefix}.{name}" if prefix else name,
+                    fusion=state.fusion,
+                    backend=backend.name if error is None and state.fusion != "none" else None,
+                    kernel=backend.isa if error is None and state.fusion != "none" else None,
+                    reason=error and error.reason,
+                    detail=error.message if error else "",
+                )
+            )
+    return report
+
+
+def _layer_error(family: Family, layer: nn.Module, backend: Any) -> FusionError | None:
+    if backend is None:
+        return None
+    override = vars(layer).get("forward")
+    if override is not None and "_old_forward" not in vars(layer) and not is_ours(override):
+        return FusionError(Reason.FORWARD_REPLACED, "forward has been replaced on the instance")
+    try:
+        LayerBinding(family, layer, backend)
+    except FusionError as error:
+        return error
+    return None
+
+
+def _insist(report: Report) -> None:
+    """Raises what strict does not forgive: a structure that no later call can make right."""
+    if report.reason is not None:
+        raise FusionError(report.reason, report.detail)
+    for layer in report.layers:
+        if layer.reason is not None and layer.reason not in _PASSING:
+            raise FusionError(layer.reason, f"layer {layer.index}: {layer.detail}")

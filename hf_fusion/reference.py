@@ -1,0 +1,243 @@
+"""A block in plain torch, with casts in the order Hugging Face makes them: the definition of right.
+
+Formulas, for x (B, q, hidden) in the model's dtype:
+  norm: torch.nn.functional.layer_norm, or x / rms(x) in fp32, cast, times weight
+  q, k, v = split(norm1(x) Wqkv^T + b); RoPE on the leading rotary_dim of q and k, cos and sin in
+  the model's dtype attn = (softmax(q k^T * scale + mask, in fp32) cast to the model's dtype) v,
+  merged over heads, Wo^T + b
+  mlp(h) = act(norm2(h) Wup^T + b) Wdown^T + b
+  parallel: y = mlp(x) + attn + x; sequential: a = attn + x, y = mlp(a) + a
+Query i of a call sees the keys 0 .. past + i, as far as the mask allows.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch.nn import functional
+
+from .report import FusionError, Reason
+from .spec import Activation, BlockSpec, BlockTensors, NormKind, NormSpec, QkvLayout, Residual
+
+# the function of each Activation
+ACTIVATIONS = {
+    Activation.NONE: lambda x: x,
+    Activation.GELU_ERF: functional.gelu,
+    Activation.GELU_TANH: lambda x: functional.gelu(x, approximate="tanh"),
+    Activation.RELU: functional.relu,
+    Activation.SILU: functional.silu,
+}
+
+
+class ReferenceBlock(NamedTuple):
+    """A layer bound to its parameters."""
+
+    spec: BlockSpec
+    tensors: BlockTensors
+
+
+class ReferenceModel(NamedTuple):
+    """Layers with what comes before and after; `head_weight` None: hidden states only."""
+
+    blocks: list[ReferenceBlock]
+    embedding: torch.Tensor  # (vocab, hidden)
+    final_norm: tuple  # (NormSpec, weight, bias)
+    head_weight: torch.Tensor | None  # (vocab, hidden)
+    head_bias: torch.Tensor | None  # (vocab)
+
+
+def norm(
+    spec: NormSpec, weight: torch.Tensor, bias: torch.Tensor | None, x: torch.Tensor
+) -> torch.Tensor:
+    """LayerNorm or RMSNorm over the last dimension of x."""
+    if spec.kind == NormKind.LAYER:
+        return functional.layer_norm(x, weight.shape, weight, bias, spec.eps)
+    wide = x.float()
+    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + spec.eps)
+    return weight * wide.to(x.dtype)
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """RoPE on the leading dimensions of x (B, H, q, head_dim); cos, sin (B|1, q, rotary_dim)."""
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    turned, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
+    low, high = turned.chunk(2, dim=-1)
+    return torch.cat((turned * cos + torch.cat((-high, low), dim=-1) * sin, rest), dim=-1)
+
+
+def split_qkv(
+    spec: BlockSpec, qkv: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """q (B, heads, q, head_dim), k and v (B, kv_heads, q, head_dim) from (B, q, qkv_width)."""
+    heads = spec.attention
+    if heads.qkv_layout == QkvLayout.PER_HEAD:
+        per_head = qkv.view(*qkv.shape[:2], heads.heads, 3 * heads.head_dim).transpose(1, 2)
+        return per_head.chunk(3, dim=-1)
+    sizes = [heads.heads * heads.head_dim] + [heads.kv_heads * heads.head_dim] * 2
+    return tuple(
+        part.view(*part.shape[:2], -1, heads.head_dim).transpose(1, 2)
+        for part in qkv.split(sizes, dim=-1)
+    )
+
+
+def scores_mask(
+    mask: torch.Tensor | None, queries: int, keys: int, dtype: torch.dtype
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """(allowed, bias): bool (B|1, 1, queries, keys), and what to add to the scores; or None."""
+    past, bias = keys - queries, None
+    allowed = None
+    if queries > 1:
+        allowed = torch.ones(queries, keys, dtype=torch.bool).tril(past)[None, None]
+    if mask is not None and mask.dim() == 2:
+        seen = (mask[:, :keys] != 0)[:, None, None, :]
+        allowed = seen if allowed is None else allowed & seen
+    elif mask is not None and mask.dtype == torch.bool:
+        allowed = mask[..., :keys] if allowed is None else allowed & mask[..., :keys]
+    elif mask is not None:
+        bias = mask[..., :keys].to(dtype)
+    return allowed, bias
+
+
+def attend(
+    spec: BlockSpec, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None
+) -> torch.Tensor:
+    """Context (B, q, heads * head_dim). NaN in a key that no query may see stays there."""
+    groups = spec.attention.heads // spec.attention.kv_heads
+    if groups > 1:
+        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    allowed, bias = scores_mask(mask, q.shape[2], k.shape[2], q.dtype)
+    scores = torch.matmul(q, k.transpose(2, 3)) * spec.attention.scale
+    if bias is not None:
+        scores = scores + bias
+    if allowed is not None:
+        scores = scores.masked_fill(~allowed, torch.finfo(scores.dtype).min)
+        unseen = ~allowed.any(dim=2)  # (B|1, 1, keys)
+        v = v.masked_fill(unseen[..., None], 0)
+    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
+    context = torch.matmul(weights, v).transpose(1, 2)
+    return context.reshape(*context.shape[:2], -1)
+
+
+class ReferenceBackend:
+    """The four calls of a back end in plain torch; the formulas are those of the module."""
+
+    name = "reference"
+    isa = "torch"
+    max_rows = 1 << 62
+
+    def bind_block(self, spec: BlockSpec, tensors: BlockTensors) -> ReferenceBlock:
+        """Keeps spec and tensors together."""
+        return ReferenceBlock(spec, tensors)
+
+    def bind_model(
+        self, blocks, embedding_weight, final_norm, head_weight=None, head_bias=None
+    ) -> ReferenceModel:
+        """Keeps the parts of a model together; `final_norm` is (NormSpec, weight, bias)."""
+        return ReferenceModel(blocks, embedding_weight, final_norm, head_weight, head_bias)
+
+    def block(self, block: ReferenceBlock, stage: str, x, slot, mask, positions, rope) -> Any:
+        """Runs one layer on x (B, q, hidden); appends keys and values to `slot`, if not None.
+
+        The caller has reserved room in the slot. Nothing counts as cached before the call has
+        succeeded.
+
+        stage "attention": attention output (B, q, hidden). "attention+up": that, plus x with a
+        sequential residual, and the activated MLP (B, q, mlp width). "full": the layer's output
+        (B, q, hidden).
+        mask: None, (B, keys) nonzero to attend, (B|1, 1, q, keys) bool or additive. positions:
+        int64 (B|1, q) or None to count on from the cache. rope: a RopeTable, or (cos, sin) of
+        (B|1, q, rotary_dim).
+        """
+        past = slot.length if slot is not None else 0
+        out = self._stage(block, stage, x, slot, mask, _rope(rope, positions, past, x.shape[1]))
+        if slot is not None:
+            slot.advance(x.shape[1])
+        return out
+
+    def decode(
+        self, model: ReferenceModel, ids, embeds, slots, mask, positions, rope, keep
+    ) -> tuple:
+        """Hidden states or logits for ids (B, q) or embeds (B, q, hidden); appends to the slots.
+
+        Returns (hidden (B, q, hidden), None) without a head, else (None, logits of the last `keep`
+        queries; 0: all).
+        """
+        x = embeds if ids is None else _embed(model.embedding, ids)
+        past = slots[0].length if slots and slots[0] is not None else 0
+        cos_sin = _rope(rope, positions, past, x.shape[1])
+        queries = x.shape[1]
+        for block, slot in zip(model.blocks, slots, strict=True):
+            x = self._stage(block, "full", x, slot, mask, cos_sin)
+        x = norm(*model.final_norm, x)
+        logits = None
+        if model.head_weight is not None:
+            logits = functional.linear(
+                x[:, -keep:] if keep else x, model.head_weight, model.head_bias
+            )
+        for slot in slots:
+            if slot is not None:
+                slot.advance(queries)
+        return (x, None) if logits is None else (None, logits)
+
+    def _stage(self, block: ReferenceBlock, stage: str, x, slot, mask, cos_sin) -> Any:
+        spec, t = block
+        h = norm(spec.attention_norm, t.attention_norm_weight, t.attention_norm_bias, x)
+        q, k, v = split_qkv(spec, functional.linear(h, t.qkv_weight, t.qkv_bias))
+        if spec.attention.rotary_dim:
+            q, k = rotate(q, *cos_sin), rotate(k, *cos_sin)
+        if slot is not None:
+            k, v = _store(slot, k, v)
+        attention = functional.linear(attend(spec, q, k, v, mask), t.o_weight, t.o_bias)
+        if stage == "attention":
+            return attention
+        if stage == "full":
+            return finish_attention(spec, t, x, attention)
+        if spec.residual == Residual.SEQUENTIAL:
+            attention = x = attention + x
+        return attention, _up(spec, t, x)
+
+
+def finish_attention(spec: BlockSpec, tensors: BlockTensors, x, attention) -> torch.Tensor:
+    """The layer's output from its input and the result of stage "attention"."""
+    if spec.residual == Residual.SEQUENTIAL:
+        attention = x = attention + x
+    return finish_up(spec, tensors, x, attention, _up(spec, tensors, x))
+
+
+def finish_up(spec: BlockSpec, tensors: BlockTensors, x, attention, up) -> torch.Tensor:
+    """The layer's output from its input and the result of stage "attention+up"."""
+    mlp = functional.linear(up, tensors.down_weight, tensors.down_bias)
+    return mlp + attention + x if spec.residual == Residual.PARALLEL else mlp + attention
+
+
+def _up(spec: BlockSpec, t: BlockTensors, x: torch.Tensor) -> torch.Tensor:
+    h = norm(spec.mlp_norm, t.mlp_norm_weight, t.mlp_norm_bias, x)
+    return ACTIVATIONS[spec.mlp.activation](functional.linear(h, t.up_weight, t.up_bias))
+
+
+def _embed(weight: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    if int(ids.min()) < 0 or int(ids.max()) >= weight.shape[0]:
+        raise FusionError(
+            Reason.OUT_OF_RANGE,
+            f"token ids reach from {int(ids.min())} to {int(ids.max())}, expected 0 .. "
+            f"{weight.shape[0] - 1}",
+        )
+    return functional.embedding(ids, weight)
+
+
+def _store(slot: Any, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Writes behind the live tokens; returns live and written ones, not counted yet."""
+    keys, values = slot.buffers
+    past, end = slot.length, slot.length + k.shape[2]
+    keys[:, :, past:end].copy_(k)
+    values[:, :, past:end].copy_(v)
+    return keys[:, :, :end], values[:, :, :end]
+
+
+def _rope(rope: Any, positions: torch.Tensor | None, past: int, queries: int) -> tuple:
+    if isinstance(rope, tuple):
+        return rope
+    if positions is None:
+        positions = torch.arange(past, past + queries)[None]
+    return rope.cos_sin(positions)

@@ -1,0 +1,146 @@
+"""Which model classes are known, and how a family file describes one.
+
+A family is one file in `patches/` that calls `register_family`. Classes are named as
+"module:QualName" strings and compared with the type of a module; nothing is imported for that, and
+a subclass is not its parent.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from .report import FusionError, Reason
+from .spec import BlockSpec, BlockTensors, NormSpec
+
+__all__ = [
+    "Family",
+    "FusionError",
+    "ModelParts",
+    "Reason",
+    "class_name",
+    "expect_children",
+    "expect_parameters",
+    "expect_type",
+    "families",
+    "family_of",
+    "register_family",
+]
+
+
+class ModelParts(NamedTuple):
+    """Modules of a base model beside the inside of its layers."""
+
+    embedding: Any  # torch.nn.Embedding, weight (vocab, hidden)
+    layers: Any  # torch.nn.ModuleList of the family's layer class
+    final_norm: Any  # norm module with weight and bias (hidden)
+    final_norm_spec: NormSpec
+    rotary: Any  # module (x, position_ids) -> (cos, sin)
+
+
+@dataclass(frozen=True)
+class Family:
+    """How one family of models is read.
+
+    `layer_class`, `base_class`, `causal_lm_class`: exact classes as "module:QualName".
+    `to_spec(layer)`: BlockSpec; raises FusionError where the structure is not the one the family
+    file knows.
+    `tensors(layer)`: BlockTensors of the layer's parameters.
+    `parts(base)`: ModelParts; raises FusionError like `to_spec`. `head(causal_lm)`: the
+    torch.nn.Linear after it.
+    `cache_index(layer)`: which layer of a cache it fills.
+    `watched(layer)`: (dict, key) pairs besides modules and parameters whose value the spec depends
+    on.
+    `tiny_config(**changes)`: a configuration small enough for tests. `cache_argument`: name under
+    which a layer takes its cache.
+    """
+
+    name: str
+    layer_class: str
+    base_class: str
+    causal_lm_class: str
+    to_spec: Callable[[Any], BlockSpec]
+    tensors: Callable[[Any], BlockTensors]
+    parts: Callable[[Any], ModelParts]
+    head: Callable[[Any], Any]
+    cache_index: Callable[[Any], int]
+    watched: Callable[[Any], Iterable[tuple[dict, str]]]
+    tiny_config: Callable[..., Any]
+    cache_argument: str = "past_key_values"
+
+    def __post_init__(self):
+        for name in ("layer_class", "base_class", "causal_lm_class"):
+            value = getattr(self, name)
+            if type(value) is not str or value.count(":") != 1:
+                raise ValueError(f"{name} is {value!r}, expected a string 'module:QualName'")
+
+
+_families: dict[str, Family] = {}
+
+
+def register_family(family: Family) -> Family:
+    """Makes a family known under its name; a family of the same name is replaced. Returns it."""
+    if not isinstance(family, Family):
+        raise TypeError(
+            f"register_family got {type(family).__name__}, expected hf_fusion.registry.Family"
+        )
+    _families[family.name] = family
+    return family
+
+
+def families() -> tuple[Family, ...]:
+    """The known families in order of registration."""
+    return tuple(_families.values())
+
+
+def class_name(thing: Any) -> str:
+    """The exact class of an object as "module:QualName"."""
+    return f"{type(thing).__module__}:{type(thing).__qualname__}"
+
+
+def family_of(model: Any) -> Family | None:
+    """The family whose base model `model` is or contains, by exact class, or None."""
+    known = {family.base_class: family for family in _families.values()}
+    for module in model.modules():
+        if class_name(module) in known:
+            return known[class_name(module)]
+    return None
+
+
+def expect_type(owner: str, module: Any, *names: str) -> None:
+    """Raises FusionError unless the exact class of `module` is one of `names`."""
+    if class_name(module) not in names:
+        raise FusionError(
+            Reason.MODULE_TYPE, f"{owner} is a {class_name(module)}, expected {' or '.join(names)}"
+        )
+
+
+@functools.cache
+def _parameters(cls: type) -> frozenset[str]:
+    parameters = list(inspect.signature(cls.forward).parameters.values())[1:]
+    return frozenset(p.name for p in parameters if p.kind is not p.VAR_KEYWORD)
+
+
+def expect_parameters(owner: str, module: Any, names: Iterable[str]) -> None:
+    """Raises FusionError where a class's forward takes a parameter that is not in `names`.
+
+    A release that adds one may have added a meaning; the model then runs stock until the family
+    file knows it.
+    """
+    unknown = _parameters(type(module)) - set(names)
+    if unknown:
+        raise FusionError(
+            Reason.STRUCTURE,
+            f"{owner}.forward takes {', '.join(sorted(unknown))}, which is unknown",
+        )
+
+
+def expect_children(owner: str, module: Any, names: tuple[str, ...]) -> None:
+    """Raises FusionError unless `module` has exactly the children `names`."""
+    have = set(module._modules)
+    if have != set(names):
+        odd = ", ".join(sorted(have ^ set(names)))
+        raise FusionError(Reason.STRUCTURE, f"{owner} has unexpected or missing children: {odd}")

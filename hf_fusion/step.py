@@ -1,0 +1,215 @@
+"""The cpu back end: a block spec, its tensors and a cache become C structs; one native call runs a layer or a token.
+
+Up to MAX_ROWS rows (batch times queries) go through one native call, `block` for a layer and `decode` for everything
+from embedding to logits. More rows use torch's GEMMs with the native attention between them, which keeps no
+(queries, keys) array. Weights are read in place. Cache lengths move last, all together.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.functional import embedding, linear
+
+from . import native
+from .reference import ACTIVATIONS, norm
+from .rope import RopeRows, RopeTable, rope_of_call
+from .spec import BlockSpec, BlockTensors, Residual
+from .structs import DTYPES, NativeBlock, NativeModel, buffer, caches_of, set_mask
+
+__all__ = ["CpuBackend", "RopeTable"]
+
+
+class _Frame(threading.local):
+    """The call structs of one thread, reused from call to call."""
+
+    def __init__(self):
+        self.call, self.io = native.sized(native.Call), native.sized(native.DecodeIo)
+        self.block_io, self.attention_io = native.sized(native.BlockIo), native.sized(native.AttentionIo)
+        self.call.causal = 1
+        self.positions, self.mask = self.call.positions, self.call.mask
+        self.cos, self.sin = self.call.cos, self.call.sin
+        self.ids, self.x = self.io.ids, self.io.x
+        self.logits, self.hidden = self.io.logits, self.io.hidden
+        self.call_ref, self.io_ref = ctypes.byref(self.call), ctypes.byref(self.io)
+        self.rows: Any = None  # the RopeRows whose addresses are set
+
+
+class CpuBackend:
+    """The four calls of a back end through the native library; arguments as in reference.ReferenceBackend."""
+
+    name = "cpu"
+    max_rows = native.MAX_ROWS
+
+    def __init__(self):
+        self._library = native.load()
+        self.threads_of = native.use_openmp(Path(torch.__file__).parent / "lib")
+        self._frame = _Frame()
+
+    @property
+    def isa(self) -> str:
+        """Name of the instruction set in use."""
+        return native.isa()
+
+    def bind_block(self, spec: BlockSpec, tensors: BlockTensors) -> NativeBlock:
+        """Structs over the tensors; FusionError where dtype, shape or strides do not fit."""
+        return NativeBlock(spec, tensors)
+
+    def bind_model(self, blocks, embedding_weight, final_norm, head_weight=None, head_bias=None) -> NativeModel:
+        """Structs over a whole model; `final_norm` is (NormSpec, weight, bias)."""
+        return NativeModel(blocks, embedding_weight, final_norm, head_weight, head_bias)
+
+    def _set_call(self, batch, queries, dtype, past, mask, positions, rope):
+        """Fills the thread's hff_call; returns what must stay alive until the native call returns."""
+        frame = self._frame
+        call = frame.call
+        call.dtype, call.threads = DTYPES[dtype], torch.get_num_threads()
+        call.batch, call.queries = batch, queries
+        table, positions = rope_of_call(rope, batch, queries, past, positions)
+        self._set_rows(table.current)
+        (batch_stride, query_stride), rows = positions.stride(), positions.shape[0]
+        call.position_batch_stride = batch_stride if rows > 1 else 0
+        call.position_query_stride = query_stride
+        frame.positions.data = positions.data_ptr()
+        frame.positions.bytes = 8 * ((rows - 1) * batch_stride + (queries - 1) * query_stride + 1)
+        return table, positions, set_mask(frame.mask, mask, dtype)
+
+    def _set_rows(self, rows: RopeRows) -> None:
+        frame = self._frame
+        if frame.rows is rows:
+            return
+        frame.rows, frame.call.rope_rows = rows, rows.cos.shape[0]
+        frame.cos.data, frame.cos.bytes = rows.cos.data_ptr(), rows.cos.nbytes
+        frame.sin.data, frame.sin.bytes = rows.sin.data_ptr(), rows.sin.nbytes
+
+    def _run(self, function, alive, *arguments) -> None:
+        """One native call; a position past the RoPE table grows the table and calls again."""
+        status = function(*arguments)
+        if status == native.OUT_OF_RANGE:
+            table, positions, _ = alive
+            if table.cover(positions):
+                self._set_rows(table.current)
+                status = function(*arguments)
+        if status != native.OK:
+            native.check(status)
+
+    def decode(self, model: NativeModel, ids, embeds, slots, mask, positions, rope, keep=0):
+        """(hidden (B, q, hidden), None) after the final norm or, with a head, (None, logits (B, keep, vocab))."""
+        batch, queries = ids.shape if ids is not None else embeds.shape[:2]
+        if batch * queries > native.MAX_ROWS:
+            return self._decode_rows(model, ids, embeds, slots, mask, positions, rope, keep)
+        frame = self._frame
+        past = slots[0].length if slots[0] is not None else 0
+        caches = caches_of(slots, batch, queries, model.blocks)
+        alive = self._set_call(batch, queries, model.dtype, past, mask, positions, rope)
+        io, dtype = frame.io, model.dtype
+        if ids is not None:
+            (io.id_batch_stride, io.id_query_stride) = strides = ids.stride()
+            frame.ids.data = ids.data_ptr()
+            frame.ids.bytes = 8 * ((batch - 1) * strides[0] + (queries - 1) * strides[1] + 1)
+        else:
+            embeds = embeds.contiguous()
+            frame.ids.data = None
+            frame.x.data, frame.x.bytes = embeds.data_ptr(), embeds.numel() * embeds.element_size()
+        hidden = logits = None
+        if model.head_weight is not None:
+            io.keep = keep = min(keep, queries) or queries
+            logits = torch.empty((batch, keep, model.head_rows), dtype=dtype)
+            frame.logits.data, frame.logits.bytes = logits.data_ptr(), logits.nbytes
+            frame.hidden.data = None
+        else:
+            hidden = torch.empty((batch, queries, model.struct.hidden), dtype=dtype)
+            frame.hidden.data, frame.hidden.bytes = hidden.data_ptr(), hidden.nbytes
+            frame.logits.data = None
+        self._run(
+            self._library.hff_decode, alive, frame.call_ref, model.reference, caches, frame.io_ref
+        )
+        return hidden, logits
+
+    def block(self, block: NativeBlock, stage: str, x, slot, mask, positions, rope):
+        """One layer up to `stage`, as ReferenceBackend.block."""
+        batch, queries, hidden = x.shape
+        past = slot.length if slot is not None else 0
+        caches = caches_of([slot], batch, queries, [block])
+        if batch * queries > native.MAX_ROWS:
+            out = self._block_rows(block, stage, x, caches[0], past, mask, positions, rope)
+            native.check(self._library.hff_advance(caches, 1, queries))
+            return out
+        alive = self._set_call(batch, queries, block.dtype, past, mask, positions, rope)
+        x = x.contiguous()
+        io = self._frame.block_io
+        io.stage, io.x = native.STAGES[stage], buffer(x)
+        out = torch.empty((batch, queries, hidden), dtype=block.dtype)
+        result: Any = out
+        if stage == "full":
+            io.out = buffer(out)
+        else:
+            io.attention_out = buffer(out)
+        if stage == "attention+up":
+            up = torch.empty((batch, queries, block.spec.mlp.width), dtype=block.dtype)
+            io.up_out, result = buffer(up), (out, up)
+        call, io_ref = self._frame.call_ref, ctypes.byref(io)
+        self._run(
+            self._library.hff_block_forward, alive, call, ctypes.byref(block.struct), caches, io_ref
+        )
+        return result
+
+    # Many rows: torch's GEMMs, native attention. Nothing counts as cached before every layer has run.
+
+    def _attention_rows(self, block: NativeBlock, x, cache, past, mask, positions, rope) -> torch.Tensor:
+        """Attention output (B, q, hidden) of x (B, q, hidden), before the residual; appends behind `past` tokens."""
+        spec, t = block.spec, block.tensors
+        batch, queries, _ = x.shape
+        normed = norm(spec.attention_norm, t.attention_norm_weight, t.attention_norm_bias, x)
+        qkv = linear(normed, t.qkv_weight, t.qkv_bias)
+        del normed
+        context = torch.empty((batch, queries, spec.attention.width), dtype=block.dtype)
+        alive = self._set_call(batch, queries, block.dtype, past, mask, positions, rope)
+        io = self._frame.attention_io
+        io.qkv, io.qkv_row_stride, io.out = buffer(qkv), qkv.shape[-1], buffer(context)
+        length, apart = ctypes.c_int64(past), native.Cache.from_buffer_copy(cache)
+        apart.length = ctypes.addressof(length)
+        self._run(
+            self._library.hff_attention_forward,
+            alive,
+            self._frame.call_ref,
+            ctypes.byref(block.heads),
+            ctypes.byref(apart),
+            ctypes.byref(io),
+        )
+        del qkv
+        return linear(context, t.o_weight, t.o_bias)
+
+    def _block_rows(self, block: NativeBlock, stage: str, x, cache, past, mask, positions, rope):
+        spec, t = block.spec, block.tensors
+        attention = self._attention_rows(block, x, cache, past, mask, positions, rope)
+        if stage == "attention":
+            return attention
+        sequential = spec.residual == Residual.SEQUENTIAL
+        if sequential:
+            attention = attention.add_(x)
+        normed = norm(spec.mlp_norm, t.mlp_norm_weight, t.mlp_norm_bias, attention if sequential else x)
+        up = ACTIVATIONS[spec.mlp.activation](linear(normed, t.up_weight, t.up_bias))
+        del normed
+        if stage == "attention+up":
+            return attention, up
+        mlp = linear(up, t.down_weight, t.down_bias).add_(attention)
+        return mlp if sequential else mlp.add_(x)
+
+    def _decode_rows(self, model: NativeModel, ids, embeds, slots, mask, positions, rope, keep):
+        past = slots[0].length if slots[0] is not None else 0
+        x = embedding(ids, model.embedding) if ids is not None else embeds
+        batch, queries, _ = x.shape
+        caches = caches_of(slots, batch, queries, model.blocks)
+        for block, cache in zip(model.blocks, caches, strict=True):
+            x = self._block_rows(block, "full", x, cache, past, mask, positions, rope)
+        spec, weight, bias = model.final_norm
+        hidden, logits = norm(spec, weight, bias, x), None
+        if model.head_weight is not None:
+            logits, hidden = linear(hidden[:, -keep:], model.head_weight, model.head_bias), None
+        native.check(self._library.hff_advance(caches, len(slots), queries))
+        return hidden, logits

@@ -1,0 +1,195 @@
+"""Torch tensors as the C structs of the native library: a layer, a model, the caches of a call, a mask.
+
+Nothing is copied: the structs point into the tensors, which the objects here keep alive.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from operator import is_
+from typing import Any
+
+import torch
+
+from . import native
+from .report import FusionError, Reason
+from .spec import BlockSpec, BlockTensors, NormSpec, tensor_shapes
+
+DTYPES = {torch.float32: native.F32, torch.bfloat16: native.BF16, torch.float16: native.F16}
+_HUGE_PAGE = 2 << 20
+
+
+def buffer(tensor: torch.Tensor | None) -> native.Buffer:
+    if tensor is None:
+        return native.Buffer()
+    if not tensor.is_contiguous():
+        raise FusionError(Reason.LAYOUT, f"a tensor has strides {tensor.stride()}, expected contiguous ones")
+    return native.Buffer(tensor.data_ptr(), tensor.numel() * tensor.element_size())
+
+
+def _linear(weight: torch.Tensor, bias: torch.Tensor | None) -> native.Linear:
+    rows, cols = weight.shape
+    return native.Linear(buffer(weight), buffer(bias), rows, cols, cols)
+
+
+def _norm(spec: NormSpec, weight: torch.Tensor, bias: torch.Tensor | None) -> native.Norm:
+    return native.Norm(buffer(weight), buffer(bias), spec.eps, native.NORMS[spec.kind])
+
+
+def _check_tensors(names: tuple[str, ...], tensors: tuple, shapes: tuple, dtype: torch.dtype) -> None:
+    for name, tensor, shape in zip(names, tensors, shapes, strict=True):
+        if tensor is None:
+            continue
+        if tuple(tensor.shape) != shape:
+            raise FusionError(Reason.SHAPE, f"{name} has shape {tuple(tensor.shape)}, expected {shape}")
+        if tensor.dtype != dtype:
+            raise FusionError(Reason.MIXED_DTYPE, f"{name} is {tensor.dtype}, expected {dtype}")
+        if tensor.device.type != "cpu":
+            raise FusionError(Reason.DEVICE, f"{name} is on {tensor.device}, expected cpu")
+
+
+class NativeBlock:
+    """A layer as the native library sees it; the structs point into the parameters, which are kept alive here."""
+
+    def __init__(self, spec: BlockSpec, tensors: BlockTensors):
+        self.spec, self.tensors = spec, tensors
+        self.dtype = tensors.qkv_weight.dtype
+        if self.dtype not in DTYPES:
+            raise FusionError(Reason.DTYPE, f"weights are {self.dtype}, expected float32, bfloat16 or float16")
+        _check_tensors(BlockTensors._fields, tensors, tensor_shapes(spec), self.dtype)
+        heads = spec.attention
+        if heads.head_dim > native.MAX_HEAD_DIM:
+            raise FusionError(
+                Reason.UNSUPPORTED, f"head size is {heads.head_dim}, expected at most {native.MAX_HEAD_DIM}"
+            )
+        self.heads = native.Heads(
+            heads.heads,
+            heads.kv_heads,
+            heads.head_dim,
+            heads.rotary_dim,
+            heads.scale,
+            native.QKV_LAYOUTS[heads.qkv_layout],
+        )
+        self.struct = native.Block(
+            self.heads,
+            spec.hidden,
+            spec.mlp.width,
+            native.RESIDUALS[spec.residual],
+            native.ACTIVATIONS[spec.mlp.activation],
+            _norm(spec.attention_norm, tensors.attention_norm_weight, tensors.attention_norm_bias),
+            _norm(spec.mlp_norm, tensors.mlp_norm_weight, tensors.mlp_norm_bias),
+            _linear(tensors.qkv_weight, tensors.qkv_bias),
+            _linear(tensors.o_weight, tensors.o_bias),
+            _linear(tensors.up_weight, tensors.up_bias),
+            _linear(tensors.down_weight, tensors.down_bias),
+        )
+
+
+class NativeModel:
+    """Embedding, layers, final norm and, for logits, the head, as one struct."""
+
+    def __init__(self, blocks, embedding_weight, final_norm, head_weight, head_bias):
+        spec, weight, bias = final_norm
+        self.blocks, self.dtype = blocks, blocks[0].dtype
+        self.embedding, self.final_norm = embedding_weight, final_norm
+        self.head_weight, self.head_bias = head_weight, head_bias
+        vocab, hidden = embedding_weight.shape
+        outer = (embedding_weight, weight, bias, head_weight, head_bias)
+        rows = head_weight.shape[0] if head_weight is not None else 0
+        shapes = ((vocab, hidden), (hidden,), (hidden,), (rows, hidden), (rows,))
+        names = ("embedding", "final norm weight", "final norm bias", "head weight", "head bias")
+        _check_tensors(names, outer, shapes, self.dtype)
+        for block in blocks:
+            if block.spec.hidden != hidden or block.dtype != self.dtype:
+                raise FusionError(
+                    Reason.MIXED_DTYPE if block.dtype != self.dtype else Reason.SHAPE,
+                    f"a layer is {block.spec.hidden} wide in {block.dtype}, the model {hidden} in {self.dtype}",
+                )
+        self.array = (native.Block * len(blocks))(*(block.struct for block in blocks))
+        self.struct = native.sized(native.Model)
+        self.struct.hidden, self.struct.vocab = hidden, vocab
+        self.struct.embedding = buffer(embedding_weight)
+        self.struct.blocks, self.struct.block_count = self.array, len(blocks)
+        self.struct.final_norm = _norm(spec, weight, bias)
+        if head_weight is not None:
+            self.struct.head = _linear(head_weight, head_bias)
+        self.head_rows, self.reference = rows, ctypes.byref(self.struct)
+        self.huge_bytes = _back_by_huge_pages([t for b in blocks for t in b.tensors] + [head_weight])
+
+
+def _back_by_huge_pages(tensors: list[torch.Tensor | None]) -> int:
+    """Asks for huge pages under the weights, in place: fewer TLB misses in the stream. Bytes so backed."""
+    spans = sorted((t.data_ptr(), t.data_ptr() + t.nbytes) for t in tensors if t is not None and t.nbytes)
+    merged: list[list[int]] = []
+    for begin, end in spans:
+        if merged and begin - merged[-1][1] <= 1 << 16:
+            merged[-1][1] = max(merged[-1][1], end)
+        else:
+            merged.append([begin, end])
+    return sum(native.huge_pages(begin, end - begin) for begin, end in merged if end - begin >= _HUGE_PAGE)
+
+
+def caches_of(slots: list, batch: int, queries: int, blocks: list[NativeBlock]) -> Any:
+    """The hff_cache array of `slots`, kept on the first of them for as long as its buffers are the same."""
+    first = slots[0]
+    if first is None:
+        return _temporary_caches(batch, queries, blocks)
+    buffers = [slot.buffers for slot in slots]
+    known = getattr(first, "native_caches", None)
+    if known is not None and len(known[0]) == len(buffers) and all(map(is_, known[0], buffers)):
+        return known[1]
+    array = (native.Cache * len(slots))()
+    for struct, slot, (keys, values) in zip(array, slots, buffers, strict=True):
+        if keys.stride() != values.stride() or keys.stride(3) != 1:
+            raise FusionError(
+                Reason.CACHE_STATE, f"cache strides are {keys.stride()} and {values.stride()}, expected equal ones"
+            )
+        _set_cache(struct, keys, values, slot.length_address)
+    first.native_caches = (buffers, array)
+    return array
+
+
+def _set_cache(struct: native.Cache, keys: torch.Tensor, values: torch.Tensor, length_address: int) -> None:
+    stride, shape = keys.stride(), keys.shape
+    size = (sum((n - 1) * s for n, s in zip(shape, stride, strict=True)) + 1) * keys.element_size()
+    struct.keys.data, struct.keys.bytes = keys.data_ptr(), size
+    struct.values.data, struct.values.bytes = values.data_ptr(), size
+    # the stride of a dimension of one element is arbitrary
+    struct.token_stride = stride[2] if shape[2] > 1 else shape[3]
+    struct.head_stride = stride[1] if shape[1] > 1 else shape[3]
+    struct.batch_stride = stride[0] if shape[0] > 1 else shape[3]
+    struct.capacity, struct.length = shape[2], length_address
+
+
+def _temporary_caches(batch: int, queries: int, blocks: list[NativeBlock]) -> Any:
+    """Keys and values for one call without a cache: the layers share them, one after the other."""
+    array, shared = (native.Cache * len(blocks))(), {}
+    array.cells = (ctypes.c_int64 * len(blocks))()
+    array.tensors = shared
+    for i, block in enumerate(blocks):
+        heads = block.spec.attention
+        shape = (batch, heads.kv_heads, queries, heads.head_dim)
+        if shape not in shared:
+            shared[shape] = torch.empty(shape, dtype=block.dtype), torch.empty(shape, dtype=block.dtype)
+        _set_cache(array[i], *shared[shape], ctypes.addressof(array.cells) + 8 * i)
+    return array
+
+
+def set_mask(struct: native.Mask, mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+    """Describes the mask in `struct`; returns the tensor to keep alive during the call."""
+    if mask is None:
+        struct.kind = native.MASK_NONE
+        return None
+    if mask.dim() == 2 and mask.dtype not in (torch.int64, torch.bool):
+        mask = mask != 0
+    elif mask.dim() == 4 and mask.dtype not in (torch.bool, dtype):
+        mask = mask.to(dtype)
+    kinds = {torch.bool: native.MASK_BOOL, torch.int64: native.MASK_INT64}
+    struct.kind = kinds.get(mask.dtype, native.MASK_ADDITIVE)
+    data, stride, shape = struct.data, mask.stride(), mask.shape
+    data.data = mask.data_ptr()
+    data.bytes = (sum((n - 1) * s for n, s in zip(shape, stride, strict=True)) + 1) * mask.element_size()
+    struct.batch_stride = stride[0] if shape[0] > 1 else 0
+    struct.query_stride = stride[2] if mask.dim() == 4 and shape[2] > 1 else 0
+    struct.key_stride, struct.keys = stride[-1], shape[-1]
+    return mask

@@ -1,0 +1,112 @@
+"""Shared fixtures, and the summary that says per row of the reliability plan how often it was
+tried.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+
+import pytest
+import torch
+from twins import HITS, REASONS
+
+from hf_fusion import native
+from hf_fusion.report import FusionError
+
+ROWS = {
+    3: "layer and model parity", 4: "generation", 5: "common model checks", 6: "perplexity",
+    16: "determinism", 27: "edge numerics",
+}  # fmt: skip
+_trials: Counter = Counter()
+_failures: Counter = Counter()
+_skips: dict = defaultdict(Counter)
+
+
+def pytest_configure(config):
+    config.addinivalue_line(
+        "markers", "reliability(row, name): counts the test's trials in a row of the summary"
+    )
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def one_thread():
+    """torch.get_num_threads() is 1 for the test."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def trials(request):
+    """Counts trials of a test that makes more than one: call it with how many passed."""
+    request.node.hff_trials = 0
+
+    def add(count: int = 1) -> None:
+        request.node.hff_trials += count
+
+    return add
+
+
+def available_isas() -> list[str]:
+    """Instruction sets that this machine can run."""
+    try:
+        return [name for name, reason in native.isas() if reason is None]
+    except FusionError:
+        return []
+
+
+@pytest.fixture
+def force_isa():
+    """Forces an instruction set by name for the rest of the test."""
+    yield native.select_isa
+    native.select_isa(None)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = yield
+    marker = item.get_closest_marker("reliability")
+    if marker is None or (report.when != "call" and report.passed):
+        return report
+    row = marker.args[0]
+    if len(marker.args) > 1:
+        ROWS[row] = marker.args[1]
+    if report.skipped:
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        _skips[row][reason.removeprefix("Skipped: ")] += 1
+    else:
+        # a test that counts its trials has passed those it counted; the one that failed is one more
+        counted = getattr(item, "hff_trials", None)
+        _trials[row] += (1 if counted is None else counted) + (
+            report.failed and counted is not None
+        )
+        _failures[row] += report.failed
+    return report
+
+
+def pytest_terminal_summary(terminalreporter):
+    if not _trials and not _skips:
+        return
+    terminalreporter.section("reliability")
+    for row in sorted(set(_trials) | set(_skips)):
+        trials, failures = _trials[row], _failures[row]
+        bound = (
+            f"failure rate below {3 / trials:.2%} at 95 %"
+            if trials and not failures
+            else "no bound"
+        )
+        skips = "; ".join(f"{count} x {reason}" for reason, count in _skips[row].items()) or "none"
+        terminalreporter.line(
+            f"row {row:2} {ROWS.get(row, ''):24} {trials:6} trials  {failures} failures  {bound}  "
+            f"skips: {skips}"
+        )
+    fused = ", ".join(f"{level} {count}" for level, count in sorted(HITS.items()) if count)
+    reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(REASONS.items()))
+    terminalreporter.line(f"fused calls: {fused or 'none'}")
+    terminalreporter.line(f"reasons seen: {reasons or 'none'}")

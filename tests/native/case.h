@@ -1,0 +1,217 @@
+// A case is one call of one kernel on random or designed data, with its reference. The same cases
+// run as test, benchmark and fuzz; trial.h judges them.
+#ifndef HFF_TESTS_CASE_H
+#define HFF_TESTS_CASE_H
+
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "reference.h"
+
+namespace hff_test {
+
+// How large random shapes get. Tiny: for fuzzing, a call of a few microseconds.
+enum class Size { kTiny, kNormal };
+
+// Elements of one output that the kernel must write, with what they must be.
+struct Result {
+  std::string name;
+  Array array;
+  std::vector<int64_t> at;  // element indices
+  std::vector<char> free;   // per element: only finiteness is asked (no key visible); empty: none
+  std::vector<double> exact;
+  std::vector<std::vector<double>> stock;  // samples: orders of summation, luck of rounding
+  double allowance = 0;  // absolute, derived by the case where sums are long; 0 elsewhere
+};
+
+// An input whose numbers a case may be spoilt with before it is sealed: rows of `width` elements.
+struct Spot {
+  const char* name;
+  Array array;
+  int64_t width;
+};
+
+// Ids or positions: int64, each below `limit`.
+struct Indices {
+  Array array;
+  int64_t limit;
+  bool read;  // every element between the strides' gaps is looked up
+};
+
+// A pointer into a copied struct that a fuzzer may change.
+struct Field {
+  enum Kind { kSize, kEnum, kBytes, kPointer, kFloat, kStructSize, kThreads, kCell } kind;
+  void* where;
+  const char* name;
+};
+
+class Case {
+ public:
+  explicit Case(Random* random) : arena(random) {}
+  virtual ~Case() = default;
+
+  virtual const char* kernel() const = 0;
+  virtual std::string shape() const = 0;
+  virtual int32_t dtype() const = 0;
+  // Rows that the kernel promises to treat alone: `count` of them from `first` on.
+  virtual int64_t independent_rows() const = 0;
+  virtual hff_status call_rows(int64_t first, int64_t count, int32_t threads) = 0;
+  virtual void compute_reference() = 0;
+  // Calls with structs that `change` may spoil.
+  virtual hff_status call_changed(const std::function<void(std::vector<Field>&)>& change) = 0;
+  // Bytes that must cross from memory once per call: weights, and the cache as far as it is read.
+  virtual int64_t bytes_read() const = 0;
+
+  hff_status call(int32_t threads) { return call_rows(0, independent_rows(), threads); }
+  // To the state before the first call.
+  void restore() { arena.restore(); }
+
+  Arena arena;
+  std::vector<Result> results;
+  std::vector<Array> lengths;  // cells a successful call advances, by `queries`
+  int64_t queries = 0;
+  std::vector<Spot> spots;
+  // Outputs that depend on one and the same rounded number err together: how many groups there are,
+  // at least.
+  int64_t independent_errors = INT64_MAX;
+  std::vector<Indices> indices;
+};
+
+// Runs Derived::evaluate(arithmetic) for the truth and for stock, and stores the values in
+// `results`. evaluate returns one vector per result, in order; `free` marks come with the truth.
+template <class Derived>
+class CaseOf : public Case {
+ public:
+  using Case::Case;
+
+  void compute_reference() override {
+    auto& self = static_cast<Derived&>(*this);
+    const auto exact = self.evaluate(Exact{}, true);
+    for (size_t r = 0; r < results.size(); ++r)
+      results[r].exact.assign(exact[r].begin(), exact[r].end());
+    add_stock({dtype(), false, nullptr});
+    // Rounding to 16 bits hides the order of fp32 sums.
+    if (dtype() == HFF_F32) add_stock({dtype(), true, nullptr});
+    int64_t fewest = independent_errors;
+    for (const Result& result : results) {
+      fewest = std::min(fewest, static_cast<int64_t>(result.at.size()));
+    }
+    Random luck(7);
+    for (int sample = 0; fewest < kFewErrors && sample < kSamples; ++sample) {
+      add_stock({dtype(), false, &luck});
+    }
+  }
+
+ private:
+  // The largest of 64 errors scatters by a fifth; one error, by itself. The largest of 16 more
+  // samples is about twice the standard deviation.
+  static constexpr int64_t kFewErrors = 64;
+  static constexpr int kSamples = 16;
+
+  void add_stock(const Stock& arithmetic) {
+    const auto stock = static_cast<Derived&>(*this).evaluate(arithmetic, false);
+    for (size_t r = 0; r < results.size(); ++r) {
+      results[r].stock.emplace_back(stock[r].begin(), stock[r].end());
+    }
+  }
+};
+
+inline Result contiguous(std::string name, const Array& array) {
+  Result result{std::move(name), array, {}, {}, {}, {}, 0};
+  for (int64_t i = 0; i < array.count; ++i) result.at.push_back(i);
+  return result;
+}
+
+// The elements of a cache that a call appends, in the order of Attended::keys.
+inline Result appended(std::string name, const Array& array, const CacheData& cache,
+                       int64_t queries) {
+  Result result{std::move(name), array, {}, {}, {}, {}, 0};
+  for (int64_t b = 0; b < cache.batch; ++b) {
+    for (int64_t head = 0; head < cache.heads; ++head) {
+      for (int64_t t = cache.past; t < cache.past + queries; ++t) {
+        for (int64_t d = 0; d < cache.head_dim; ++d) result.at.push_back(cache.at(b, head, t) + d);
+      }
+    }
+  }
+  return result;
+}
+
+template <class A>
+Row<A> flatten(const Rows<A>& rows) {
+  Row<A> all;
+  for (const Row<A>& row : rows) all.insert(all.end(), row.begin(), row.end());
+  return all;
+}
+
+// Per row marks, repeated for every element of the row.
+inline std::vector<char> spread(const std::vector<char>& rows, int64_t width) {
+  std::vector<char> all;
+  for (const char mark : rows) all.insert(all.end(), static_cast<size_t>(width), mark);
+  return all;
+}
+
+// The same for appended keys or values: (batch, kv_heads, queries, head_dim).
+inline std::vector<char> spread_cache(const std::vector<char>& rows, const CacheData& c,
+                                      int64_t queries) {
+  std::vector<char> all;
+  for (int64_t b = 0; b < c.batch; ++b) {
+    for (int64_t head = 0; head < c.heads; ++head) {
+      for (int64_t i = 0; i < queries; ++i) {
+        all.insert(all.end(), static_cast<size_t>(c.head_dim), rows[b * queries + i]);
+      }
+    }
+  }
+  return all;
+}
+
+// What a case of each kernel may be told; unset fields are drawn.
+struct Design {
+  Size size = Size::kNormal;
+  int32_t dtype = -1;
+  bool nan_behind_mask = false;
+  bool exact = false;  // integers (linear) or one visible key (attention): bit equality is asked
+  // Benchmarks: fixed shapes.
+  int64_t hidden = 0, width = 0, heads = 0, past = -1, queries = 0, batch = 0, layers = 0,
+          vocab = 0;
+};
+
+std::unique_ptr<Case> make_norm(Random& random, const Design& design);
+std::unique_ptr<Case> make_linear(Random& random, const Design& design);
+std::unique_ptr<Case> make_attention(Random& random, const Design& design);
+std::unique_ptr<Case> make_block(Random& random, const Design& design);
+std::unique_ptr<Case> make_decode(Random& random, const Design& design);
+
+struct Kernel {
+  const char* name;
+  std::unique_ptr<Case> (*make)(Random&, const Design&);
+};
+constexpr Kernel kKernels[] = {{"norm", make_norm},
+                               {"linear", make_linear},
+                               {"attention", make_attention},
+                               {"block", make_block},
+                               {"decode", make_decode}};
+
+std::string describe(const CallData& call, const HeadsData& heads);
+
+// Fields of shared structs, for call_changed.
+void list_fields(std::vector<Field>& fields, hff_call& call);
+void list_fields(std::vector<Field>& fields, hff_heads& heads);
+void list_fields(std::vector<Field>& fields, hff_norm& norm);
+void list_fields(std::vector<Field>& fields, hff_linear& linear);
+void list_fields(std::vector<Field>& fields, hff_block& block);
+void list_fields(std::vector<Field>& fields, hff_cache& cache);
+void list_fields(std::vector<Field>& fields, hff_input& input, const char* name);
+void list_fields(std::vector<Field>& fields, hff_output& output, const char* name);
+
+int32_t draw_dtype(Random& random, const Design& design);
+// NaN and Inf into the keys and values of every past token that no query of its batch row sees.
+void spoil_unseen(Random& random, const CallData& call, const CacheData& cache);
+// batch and queries with batch * queries <= 16, context, causality, positions, rotary tables and
+// mask
+CallData draw_call(Random& random, Arena& arena, const Design& design, int32_t dtype,
+                   const HeadsData& heads, bool many_queries, bool one_for_all);
+
+}  // namespace hff_test
+#endif

@@ -1,0 +1,236 @@
+// hff_decode: token ids (or embeddings) to hidden states and logits, all layers in one call.
+#include "case.h"
+
+namespace hff_test {
+namespace {
+
+class DecodeCase : public CaseOf<DecodeCase> {
+ public:
+  DecodeCase(Random& random, const Design& design)
+      : CaseOf(&random), dtype_(draw_dtype(random, design)) {
+    const bool tiny = design.size == Size::kTiny;
+    HeadsData heads = HeadsData::random(random, tiny ? 16 : 96);
+    hidden_ =
+        random.chance(0.4) ? heads.width() : random.pick<int64_t>({37, 64, random.range(4, 120)});
+    int64_t mlp = random.chance(0.4) ? 4 * hidden_ : random.range(1, 200),
+            layers = random.range(1, tiny ? 2 : 3);
+    vocab_ = random.range(1, tiny ? 9 : 90);
+    if (tiny) hidden_ = random.range(4, 18), mlp = random.range(1, 20);
+    if (design.heads) {
+      heads.heads = heads.kv_heads = design.heads;
+      heads.head_dim = design.hidden / design.heads;
+      heads.rotary_dim = heads.head_dim / 4 / 2 * 2;
+      heads.layout = HFF_QKV_PER_HEAD;
+      hidden_ = design.hidden, mlp = 4 * hidden_, layers = design.layers, vocab_ = design.vocab;
+    }
+    call_ = draw_call(random, arena, design, dtype_, heads, false, true);
+    const int32_t kind = random.pick<int32_t>({HFF_NORM_LAYER, HFF_NORM_RMS});
+    const int32_t residual = random.pick<int32_t>({HFF_RESIDUAL_PARALLEL, HFF_RESIDUAL_SEQUENTIAL});
+    const int32_t activation = static_cast<int32_t>(random.range(HFF_ACT_GELU_ERF, HFF_ACT_SILU));
+    for (int64_t layer = 0; layer < layers; ++layer) {
+      blocks_.push_back(BlockData::random(random, arena, dtype_, heads, hidden_, mlp, residual,
+                                          activation, kind));
+      caches_.push_back(
+          CacheData::random(random, arena, dtype_, call_.batch, heads, call_.past, call_.queries));
+      lengths.push_back(caches_.back().length);
+      if (design.nan_behind_mask) spoil_unseen(random, call_, caches_.back());
+    }
+    queries = call_.queries;
+    if (call_.positions)
+      indices.push_back({call_.positions, call_.rope_rows, blocks_[0].heads.rotary_dim > 0});
+    norm_ = NormData::random(random, arena, dtype_, hidden_, kind);
+    fill_inputs(random);
+    add_outputs(random, design.heads > 0);
+    if (ids_) indices.push_back({ids_, vocab_, true});
+    spots = {x_ ? Spot{"x", x_, hidden_} : Spot{"embedding", embedding_, hidden_}};
+  }
+
+  const char* kernel() const override { return "decode"; }
+  int32_t dtype() const override { return dtype_; }
+  int64_t independent_rows() const override { return call_.batch; }
+  int64_t bytes_read() const override {
+    int64_t bytes = head_.weight.bytes();
+    for (const BlockData& b : blocks_) {
+      bytes +=
+          b.qkv.weight.bytes() + b.o.weight.bytes() + b.up.weight.bytes() + b.down.weight.bytes();
+      bytes += 2 * call_.batch * b.heads.kv_heads * call_.keys() * b.heads.head_dim *
+               element_size(dtype_);
+    }
+    return bytes;
+  }
+  std::string shape() const override {
+    return describe(call_, blocks_[0].heads) + " hidden " + std::to_string(hidden_) + " mlp " +
+           std::to_string(blocks_[0].mlp_width) + " layers " + std::to_string(blocks_.size()) +
+           (blocks_[0].residual ? " sequential" : " parallel") + " activation " +
+           std::to_string(blocks_[0].activation) + (norm_.kind ? " rms" : " layer") +
+           (ids_ ? " ids" : " embeds") + " vocab " + std::to_string(vocab_) + " keep " +
+           std::to_string(keep_) + (hidden_out_ ? " hidden_out" : "");
+  }
+
+  hff_status call_rows(int64_t first, int64_t count, int32_t threads) override {
+    const hff_call call = call_.abi(threads, first, count);
+    std::vector<hff_block> blocks;
+    std::vector<hff_cache> caches;
+    const hff_model model = make_model(first, blocks, caches);
+    const hff_decode_io io = make_io(first);
+    return hff_decode(&call, &model, caches.data(), &io);
+  }
+
+  hff_status call_changed(const std::function<void(std::vector<Field>&)>& change) override {
+    hff_call call = call_.abi(1, 0, call_.batch);
+    std::vector<hff_block> blocks;
+    std::vector<hff_cache> caches;
+    hff_model model = make_model(0, blocks, caches);
+    hff_decode_io io = make_io(0);
+    std::vector<Field> fields;
+    list_fields(fields, call);
+    list_fields(fields, blocks.back());
+    list_fields(fields, caches.back());
+    list_fields(fields, model.final_norm);
+    if (head_.weight) list_fields(fields, model.head);
+    fields.push_back({Field::kStructSize, &model.struct_size, "model.struct_size"});
+    fields.push_back({Field::kSize, &model.hidden, "model.hidden"});
+    fields.push_back({Field::kSize, &model.vocab, "model.vocab"});
+    list_fields(fields, model.embedding, "model.embedding");
+    fields.push_back({Field::kPointer, &model.blocks, "model.blocks"});
+    fields.push_back({Field::kStructSize, &io.struct_size, "io.struct_size"});
+    list_fields(fields, io.ids, "io.ids");
+    fields.push_back({Field::kSize, &io.id_batch_stride, "io.id_batch_stride"});
+    fields.push_back({Field::kSize, &io.id_query_stride, "io.id_query_stride"});
+    list_fields(fields, io.x, "io.x");
+    list_fields(fields, io.logits, "io.logits");
+    list_fields(fields, io.hidden, "io.hidden");
+    fields.push_back({Field::kSize, &io.keep, "io.keep"});
+    change(fields);
+    return hff_decode(&call, &model, caches.data(), &io);
+  }
+
+  template <class A>
+  std::vector<Row<A>> evaluate(const A& a, bool mark) {
+    Rows<A> x = ids_ ? Rows<A>() : read_rows<A>(x_, call_.rows(), hidden_);
+    if (ids_) {
+      const Rows<A> table = read_rows<A>(embedding_, vocab_, hidden_);
+      for (int64_t r = 0; r < call_.rows(); ++r) {
+        x.push_back(
+            table[static_cast<size_t>(ids_.get(id_at(r / call_.queries, r % call_.queries)))]);
+      }
+    }
+    std::vector<Row<A>> appended_rows;
+    std::vector<char> free(static_cast<size_t>(call_.rows()), 0);
+    const size_t first_cache = results.size() - 2 * blocks_.size();
+    for (size_t layer = 0; layer < blocks_.size(); ++layer) {
+      const BlockResult<A> r = block(a, blocks_[layer], call_, caches_[layer], x);
+      x = r.out;
+      appended_rows.push_back(r.attended.keys);
+      appended_rows.push_back(r.attended.values);
+      if (mark) {
+        const auto marks = spread_cache(free, caches_[layer], call_.queries);
+        results[first_cache + 2 * layer].free = marks;
+        results[first_cache + 2 * layer + 1].free = marks;
+        free = r.attended.all_masked;  // the same rows in every layer
+      }
+    }
+    x = norm(a, norm_, x);
+    std::vector<Row<A>> all;
+    if (hidden_out_) all.push_back(flatten<A>(x));
+    if (hidden_out_ && mark) results[0].free = spread(free, hidden_);
+    if (head_.weight) {
+      Rows<A> kept;
+      std::vector<char> kept_free;
+      for (int64_t r = 0; r < call_.rows(); ++r) {
+        if (r % call_.queries < call_.queries - keep_) continue;
+        kept.push_back(x[r]);
+        kept_free.push_back(free[r]);
+      }
+      if (mark) results[all.size()].free = spread(kept_free, vocab_);
+      all.push_back(flatten<A>(linear(a, head_, kept)));
+    }
+    all.insert(all.end(), appended_rows.begin(), appended_rows.end());
+    return all;
+  }
+
+ private:
+  int64_t id_at(int64_t b, int64_t i) const { return b * id_batch_stride_ + i * id_query_stride_; }
+
+  void fill_inputs(Random& random) {
+    embedding_ = arena.input(dtype_, vocab_ * hidden_);
+    fill_uniform(random, embedding_, 1.7);
+    if (random.chance(0.3)) {
+      x_ = arena.input(dtype_, call_.rows() * hidden_);
+      fill_uniform(random, x_, 1.7);
+      return;
+    }
+    id_query_stride_ = random.pick<int64_t>({1, 1, 2});
+    id_batch_stride_ = (call_.queries - 1) * id_query_stride_ + random.range(1, 3);
+    ids_ = arena.input(kInt64, id_at(call_.batch - 1, call_.queries - 1) + 1);
+    for (int64_t i = 0; i < ids_.count; ++i) ids_.set(i, -1e15);  // never to be read
+    for (int64_t r = 0; r < call_.rows(); ++r) {
+      ids_.set(id_at(r / call_.queries, r % call_.queries),
+               static_cast<double>(random.range(0, vocab_ - 1)));
+    }
+  }
+
+  void add_outputs(Random& random, bool designed) {
+    const bool with_head = designed || random.chance(0.7);
+    if (!with_head || random.chance(0.3)) {
+      hidden_out_ = arena.output(dtype_, call_.rows() * hidden_);
+      results.push_back(contiguous("hidden", hidden_out_));
+    }
+    if (with_head) {
+      keep_ = random.chance(0.5) ? 1 : random.range(1, call_.queries);
+      head_ = LinearData::random(random, arena, dtype_, vocab_, hidden_);
+      logits_ = arena.output(dtype_, call_.batch * keep_ * vocab_);
+      results.push_back(contiguous("logits", logits_));
+    }
+    for (const CacheData& cache : caches_) {
+      results.push_back(appended("keys", cache.keys, cache, call_.queries));
+      results.push_back(appended("values", cache.values, cache, call_.queries));
+    }
+  }
+
+  hff_model make_model(int64_t first, std::vector<hff_block>& blocks,
+                       std::vector<hff_cache>& caches) const {
+    for (const BlockData& block : blocks_) blocks.push_back(block.abi());
+    for (const CacheData& cache : caches_) caches.push_back(cache.abi(first));
+    hff_model model = {};
+    model.struct_size = sizeof model;
+    model.hidden = hidden_;
+    model.vocab = vocab_;
+    model.embedding = embedding_.input();
+    model.blocks = blocks.data();
+    model.block_count = static_cast<int64_t>(blocks.size());
+    model.final_norm = norm_.abi();
+    model.head = head_.abi();
+    return model;
+  }
+
+  hff_decode_io make_io(int64_t first) const {
+    hff_decode_io io = {};
+    io.struct_size = sizeof io;
+    io.ids = ids_.input_from(first * id_batch_stride_);
+    io.id_batch_stride = id_batch_stride_;
+    io.id_query_stride = id_query_stride_;
+    io.x = x_.input_from(first * call_.queries * hidden_);
+    io.logits = logits_.output_from(first * keep_ * vocab_);
+    io.hidden = hidden_out_.output_from(first * call_.queries * hidden_);
+    io.keep = keep_;
+    return io;
+  }
+
+  int32_t dtype_;
+  int64_t hidden_ = 0, vocab_ = 0, keep_ = 0, id_batch_stride_ = 0, id_query_stride_ = 0;
+  CallData call_;
+  std::vector<BlockData> blocks_;
+  std::vector<CacheData> caches_;
+  NormData norm_;
+  LinearData head_;
+  Array embedding_, ids_, x_, logits_, hidden_out_;
+};
+
+}  // namespace
+
+std::unique_ptr<Case> make_decode(Random& random, const Design& design) {
+  return std::make_unique<DecodeCase>(random, design);
+}
+
+}  // namespace hff_test

@@ -1,0 +1,216 @@
+// Random calls (rows, context, positions, masks) and the fields a fuzzer may spoil.
+#include "case.h"
+
+namespace hff_test {
+
+int32_t draw_dtype(Random& random, const Design& design) {
+  const int32_t drawn = random.pick<int32_t>({HFF_F32, HFF_BF16, HFF_F16});
+  return design.dtype >= 0 ? design.dtype : drawn;
+}
+
+// cos and sin of position * base^(-2 i / rotary_dim), both halves alike, as a rotary module gives
+// them. Positions: past + i, shifted per batch row (left padding) or not, or anything inside the
+// table.
+void fill_rotary(Random& random, Arena& arena, const HeadsData& heads, CallData& call) {
+  const int64_t dim = heads.rotary_dim;
+  const bool shared = random.chance(0.4), anywhere = random.chance(0.2);
+  call.rope_rows = call.keys() + random.range(0, 5);
+  if (dim == 0 && random.chance(0.5)) {
+    call.rope_rows = 0;
+    return;
+  }
+  call.position_query_stride = random.pick<int64_t>({1, 1, 3});
+  call.position_batch_stride =
+      shared ? 0 : (call.queries - 1) * call.position_query_stride + random.range(1, 4);
+  const int64_t last = (call.batch - 1) * call.position_batch_stride +
+                       (call.queries - 1) * call.position_query_stride;
+  call.positions = arena.input(kInt64, last + 1);
+  for (int64_t i = 0; i <= last; ++i) call.positions.set(i, -1e15);  // never to be read
+  for (int64_t b = 0; b < (shared ? 1 : call.batch); ++b) {
+    const int64_t shift = random.chance(0.5) ? 0 : random.range(0, call.past);
+    for (int64_t i = 0; i < call.queries; ++i) {
+      const int64_t position =
+          anywhere ? random.range(0, call.rope_rows - 1) : call.past - shift + i;
+      call.positions.set(b * call.position_batch_stride + i * call.position_query_stride,
+                         static_cast<double>(position));
+    }
+  }
+  call.cos = arena.input(call.dtype, call.rope_rows * dim);
+  call.sin = arena.input(call.dtype, call.rope_rows * dim);
+  for (int64_t p = 0; p < call.rope_rows; ++p) {
+    for (int64_t d = 0; d < dim; ++d) {
+      const int64_t pair = d % (dim / 2);
+      const double angle =
+          static_cast<double>(p) *
+          std::pow(10000.0, -2.0 * static_cast<double>(pair) / static_cast<double>(dim));
+      call.cos.set(p * dim + d, std::cos(angle));
+      call.sin.set(p * dim + d, std::sin(angle));
+    }
+  }
+}
+
+namespace {
+
+double draw_mask_value(Random& random, int32_t kind, int32_t dtype, bool visible) {
+  if (kind == HFF_MASK_BOOL) return visible ? 1 : 0;
+  if (kind == HFF_MASK_INT64) return visible ? random.pick({1.0, 1.0, 7.0, -1.0}) : 0;
+  if (!visible)
+    return random.chance(0.5) ? static_cast<double>(lowest(dtype))
+                              : -std::numeric_limits<double>::infinity();
+  return random.chance(0.5) ? 0.0 : random.symmetric();
+}
+
+}  // namespace
+
+void fill_mask(Random& random, Arena& arena, CallData& call, int32_t kind, bool one_for_all) {
+  MaskData& mask = call.mask;
+  mask.kind = kind;
+  if (kind == HFF_MASK_NONE) return;
+  mask.keys = call.keys() + (random.chance(0.4) ? random.range(1, 20) : 0);
+  const bool shared_batch = random.chance(0.3), shared_query = one_for_all || random.chance(0.3);
+  mask.key_stride = random.pick<int64_t>({1, 1, 1, 2});
+  const int64_t row = (mask.keys - 1) * mask.key_stride + 1;
+  mask.query_stride = shared_query ? 0 : row + random.range(0, 3);
+  mask.batch_stride =
+      shared_batch ? 0 : (call.queries - 1) * mask.query_stride + row + random.range(0, 3);
+  mask.data = arena.input(kind == HFF_MASK_BOOL    ? kBool
+                          : kind == HFF_MASK_INT64 ? kInt64
+                                                   : call.dtype,
+                          mask.at(call.batch - 1, call.queries - 1, mask.keys - 1) + 1);
+  const double seen = random.pick({0.3, 0.8, 1.0});
+  for (int64_t b = 0; b < (shared_batch ? 1 : call.batch); ++b) {
+    const int64_t padding =
+        one_for_all ? random.range(0, call.keys()) * (random.chance(0.5) ? 1 : 0) : 0;
+    for (int64_t i = 0; i < (shared_query ? 1 : call.queries); ++i) {
+      const bool nothing = !one_for_all && random.chance(0.1);
+      for (int64_t j = 0; j < mask.keys; ++j) {
+        const bool hole = j < call.past && !random.chance(seen);
+        const bool visible = one_for_all ? j >= padding && !hole : !nothing && random.chance(seen);
+        mask.data.set(mask.at(b, i, j), draw_mask_value(random, kind, call.dtype, visible));
+      }
+    }
+  }
+}
+
+void spoil_unseen(Random& random, const CallData& call, const CacheData& cache) {
+  for (int64_t b = 0; b < call.batch; ++b) {
+    for (int64_t j = 0; j < call.past; ++j) {
+      bool seen = false;
+      for (int64_t i = 0; i < call.queries; ++i)
+        seen = seen || !std::isinf(call.mask.bias(b, i, j));
+      if (seen) continue;
+      for (int64_t head = 0; head < cache.heads; ++head) {
+        const int64_t at = cache.at(b, head, j) + random.range(0, cache.head_dim - 1);
+        cache.keys.set(at, random.pick({std::nan(""), HUGE_VAL, -HUGE_VAL}));
+        cache.values.set(at, random.pick({std::nan(""), HUGE_VAL, -HUGE_VAL}));
+      }
+    }
+  }
+}
+
+CallData draw_call(Random& random, Arena& arena, const Design& design, int32_t dtype,
+                   const HeadsData& heads, bool many_queries, bool one_for_all) {
+  const bool tiny = design.size == Size::kTiny, designed = design.batch > 0;
+  CallData call;
+  call.dtype = dtype;
+  call.batch = designed ? design.batch : random.pick<int64_t>({1, 1, 1, 2, 3, 4, 7, 8, 16});
+  call.queries = designed ? design.queries
+                          : random.range(1, std::min<int64_t>(16 / call.batch, tiny ? 3 : 16));
+  if (!designed && random.chance(0.5)) call.queries = 1;
+  if (many_queries && !tiny && !designed && random.chance(0.15)) {
+    call.queries = random.range(17, 200);
+    call.batch = random.range(1, 2);
+  }
+  if (tiny) call.batch = std::min<int64_t>(call.batch, 3);
+  call.past = random.pick<int64_t>({0, 1, 2, 7, 15, 16, 17, 31, 33, 63, 64, 65, 127,
+                                    random.range(0, 200), random.range(0, 600),
+                                    random.range(500, 530), random.range(1000, 1100)});
+  if (tiny) call.past = random.range(0, 9);
+  if (designed) call.past = design.past;
+  call.causal = designed || random.chance(0.9);
+  fill_rotary(random, arena, heads, call);
+  const int32_t kind =
+      random.pick<int32_t>({HFF_MASK_NONE, HFF_MASK_BOOL, HFF_MASK_INT64, HFF_MASK_ADDITIVE});
+  fill_mask(random, arena, call, designed ? HFF_MASK_NONE : kind, one_for_all);
+  return call;
+}
+
+void list_fields(std::vector<Field>& fields, hff_input& input, const char* name) {
+  fields.push_back({Field::kPointer, &input.data, name});
+  fields.push_back({Field::kBytes, &input.bytes, name});
+}
+
+void list_fields(std::vector<Field>& fields, hff_output& output, const char* name) {
+  fields.push_back({Field::kPointer, &output.data, name});
+  fields.push_back({Field::kBytes, &output.bytes, name});
+}
+
+void list_fields(std::vector<Field>& fields, hff_call& call) {
+  fields.push_back({Field::kStructSize, &call.struct_size, "call.struct_size"});
+  fields.push_back({Field::kEnum, &call.dtype, "call.dtype"});
+  fields.push_back({Field::kThreads, &call.threads, "call.threads"});
+  fields.push_back({Field::kSize, &call.batch, "call.batch"});
+  fields.push_back({Field::kSize, &call.queries, "call.queries"});
+  fields.push_back({Field::kEnum, &call.causal, "call.causal"});
+  list_fields(fields, call.positions, "call.positions");
+  fields.push_back({Field::kSize, &call.position_batch_stride, "call.position_batch_stride"});
+  fields.push_back({Field::kSize, &call.position_query_stride, "call.position_query_stride"});
+  list_fields(fields, call.cos, "call.cos");
+  list_fields(fields, call.sin, "call.sin");
+  fields.push_back({Field::kSize, &call.rope_rows, "call.rope_rows"});
+  list_fields(fields, call.mask.data, "mask.data");
+  fields.push_back({Field::kSize, &call.mask.batch_stride, "mask.batch_stride"});
+  fields.push_back({Field::kSize, &call.mask.query_stride, "mask.query_stride"});
+  fields.push_back({Field::kSize, &call.mask.key_stride, "mask.key_stride"});
+  fields.push_back({Field::kSize, &call.mask.keys, "mask.keys"});
+  fields.push_back({Field::kEnum, &call.mask.kind, "mask.kind"});
+}
+
+void list_fields(std::vector<Field>& fields, hff_heads& heads) {
+  fields.push_back({Field::kSize, &heads.heads, "heads.heads"});
+  fields.push_back({Field::kSize, &heads.kv_heads, "heads.kv_heads"});
+  fields.push_back({Field::kSize, &heads.head_dim, "heads.head_dim"});
+  fields.push_back({Field::kSize, &heads.rotary_dim, "heads.rotary_dim"});
+  fields.push_back({Field::kFloat, &heads.scale, "heads.scale"});
+  fields.push_back({Field::kEnum, &heads.qkv_layout, "heads.qkv_layout"});
+}
+
+void list_fields(std::vector<Field>& fields, hff_norm& norm) {
+  list_fields(fields, norm.weight, "norm.weight");
+  list_fields(fields, norm.bias, "norm.bias");
+  fields.push_back({Field::kFloat, &norm.eps, "norm.eps"});
+  fields.push_back({Field::kEnum, &norm.kind, "norm.kind"});
+}
+
+void list_fields(std::vector<Field>& fields, hff_linear& linear) {
+  list_fields(fields, linear.weight, "linear.weight");
+  list_fields(fields, linear.bias, "linear.bias");
+  fields.push_back({Field::kSize, &linear.rows, "linear.rows"});
+  fields.push_back({Field::kSize, &linear.cols, "linear.cols"});
+  fields.push_back({Field::kSize, &linear.row_stride, "linear.row_stride"});
+}
+
+void list_fields(std::vector<Field>& fields, hff_block& block) {
+  list_fields(fields, block.heads);
+  fields.push_back({Field::kSize, &block.hidden, "block.hidden"});
+  fields.push_back({Field::kSize, &block.mlp_width, "block.mlp_width"});
+  fields.push_back({Field::kEnum, &block.residual, "block.residual"});
+  fields.push_back({Field::kEnum, &block.activation, "block.activation"});
+  list_fields(fields, block.attention_norm);
+  list_fields(fields, block.mlp_norm);
+  for (hff_linear* linear : {&block.qkv, &block.o, &block.up, &block.down})
+    list_fields(fields, *linear);
+}
+
+void list_fields(std::vector<Field>& fields, hff_cache& cache) {
+  list_fields(fields, cache.keys, "cache.keys");
+  list_fields(fields, cache.values, "cache.values");
+  fields.push_back({Field::kSize, &cache.batch_stride, "cache.batch_stride"});
+  fields.push_back({Field::kSize, &cache.head_stride, "cache.head_stride"});
+  fields.push_back({Field::kSize, &cache.token_stride, "cache.token_stride"});
+  fields.push_back({Field::kSize, &cache.capacity, "cache.capacity"});
+  fields.push_back({Field::kPointer, &cache.length, "cache.length"});
+  fields.push_back({Field::kCell, cache.length, "cache.length[0]"});
+}
+
+}  // namespace hff_test

@@ -1,0 +1,117 @@
+// hff_cases test | fuzz | bench: the kernels' cases against their definitions, through the C ABI
+// only.
+//
+//   --seed N       first seed; trial i uses N + i, so a printed seed with --trials 1 replays one
+//   trial
+//   --trials N     per row and instruction set, instead of the row's own count
+//   --only a,b     rows (parity, exact, differential, determinism, edge, host, threads, fork,
+//   allocation)
+//                  and kernels (norm, linear, attention, block, decode)
+//   --isa NAME     one instruction set instead of all the machine has; one that is absent is an
+//   error
+//   --threads N    bench: width of the team
+// Exit status: 0 all clean, 1 a failure, 2 a wrong command line.
+#include <cinttypes>
+#include <cstdio>
+#include <cstdlib>
+#include <sstream>
+
+#include "trial.h"
+
+namespace hff_test {
+namespace {
+
+[[noreturn]] void usage(const std::string& problem) {
+  std::fprintf(stderr,
+               "%s\nusage: hff_cases test|fuzz|bench [--seed N] [--trials N] [--only a,b] [--isa "
+               "NAME] [--threads N]\n",
+               problem.c_str());
+  std::exit(2);
+}
+
+Options parse(int argc, char** argv) {
+  Options options;
+  if (argc < 2) usage("no mode");
+  options.mode = argv[1];
+  if (options.mode != "test" && options.mode != "fuzz" && options.mode != "bench")
+    usage("unknown mode " + options.mode);
+  for (int i = 2; i < argc; i += 2) {
+    const std::string name = argv[i];
+    if (i + 1 == argc) usage(name + " needs a value");
+    const std::string value = argv[i + 1];
+    if (name == "--seed") {
+      options.seed = std::strtoull(value.c_str(), nullptr, 0);
+    } else if (name == "--trials") {
+      options.trials = std::strtoll(value.c_str(), nullptr, 0);
+    } else if (name == "--threads") {
+      options.threads = static_cast<int32_t>(std::strtol(value.c_str(), nullptr, 0));
+    } else if (name == "--isa") {
+      options.isa = value;
+    } else if (name == "--only") {
+      std::stringstream list(value);
+      for (std::string item; std::getline(list, item, ',');) options.only.insert(item);
+    } else {
+      usage("unknown option " + name);
+    }
+  }
+  return options;
+}
+
+std::vector<std::string> instruction_sets(const Options& options) {
+  if (!options.isa.empty()) return {options.isa};
+  std::vector<std::string> names;
+  const char* reason = nullptr;
+  for (int32_t i = 0; const char* name = hff_isa_name(i, &reason); ++i) {
+    if (reason) {
+      std::printf("isa %s: absent (%s)\n", name, reason);
+    } else {
+      names.push_back(name);
+    }
+  }
+  if (options.mode == "bench" && !names.empty()) return {names.back()};
+  return names;
+}
+
+struct RowEntry {
+  const char* name;
+  bool (*run)(const Options&, const std::string&);
+};
+constexpr RowEntry kRows[] = {{"host", run_host},
+                              {"exact", run_exact},
+                              {"parity", run_parity},
+                              {"edge", run_edge},
+                              {"differential", run_differential},
+                              {"determinism", run_determinism},
+                              {"allocation", run_allocation},
+                              {"threads", run_threads},
+                              {"fork", run_fork},
+                              {"openmp", run_openmp}};
+
+bool run_isa(const Options& options, const std::string& isa) {
+  if (hff_select_isa(isa.c_str()) != HFF_OK) {
+    std::printf("isa %s: %s\n", isa.c_str(), hff_last_error());
+    return false;
+  }
+  if (options.mode == "fuzz") return run_fuzz(options, isa);
+  if (options.mode == "bench") return run_bench(options, isa);
+  bool clean = true;
+  for (const RowEntry& row : kRows) {
+    if (options.wants_row(row.name)) clean = row.run(options, isa) && clean;
+  }
+  return clean;
+}
+
+}  // namespace
+}  // namespace hff_test
+
+int main(int argc, char** argv) {
+  const hff_test::Options options = hff_test::parse(argc, argv);
+  if (hff_abi_version() != HFF_ABI_VERSION) {
+    std::printf("the library has ABI %d, this program %d\n", hff_abi_version(), HFF_ABI_VERSION);
+    return 1;
+  }
+  bool clean = true;
+  for (const std::string& isa : hff_test::instruction_sets(options))
+    clean = hff_test::run_isa(options, isa) && clean;
+  return clean ? 0 : 1;
+}

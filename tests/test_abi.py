@@ -1,0 +1,352 @@
+"""The C ABI and its mirror, what it refuses, which way imports point, and the native cases run on every kernel."""
+
+from __future__ import annotations
+
+import ast
+import ctypes
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hf_fusion import native
+from hf_fusion.report import FusionError, Reason
+
+ROOT = Path(__file__).resolve().parents[1]
+HEADER = (ROOT / "csrc/include/hf_fusion.h").read_text()
+CODE = re.sub(r"/\*.*?\*/", "", HEADER, flags=re.S)
+STRUCTS = re.findall(r"typedef struct \{(.*?)\} (\w+);", CODE, flags=re.S)
+MIRRORS = dict(zip([name for _, name in STRUCTS], native.STRUCTS))
+SCALARS = {
+    "int64_t": ctypes.c_int64,
+    "int32_t": ctypes.c_int32,
+    "uint64_t": ctypes.c_uint64,
+    "float": ctypes.c_float,
+}
+
+
+def fields(body: str) -> list[tuple[str, str]]:
+    """(type, name) of a C struct's members in order; a pointer's type ends with *."""
+    members = []
+    for declaration in filter(None, map(str.strip, body.split(";"))):
+        head, *more = declaration.removeprefix("const ").split(",")
+        kind, name = re.fullmatch(r"(\w+\s*\*?)\s*(\w+)", head.strip()).groups()
+        members += [(kind.replace(" ", ""), each) for each in (name, *map(str.strip, more))]
+    return members
+
+
+def test_every_struct_of_the_header_is_mirrored():
+    assert len(STRUCTS) == len(native.STRUCTS)
+    library = native.load()
+    for index, (_, name) in enumerate(STRUCTS):
+        assert library.hff_struct_size(index) == ctypes.sizeof(MIRRORS[name]), name
+    for index in (-1, len(STRUCTS), 2**31 - 1, -(2**31)):
+        assert library.hff_struct_size(index) == 0
+
+
+@pytest.mark.parametrize(("body", "name"), STRUCTS, ids=[name for _, name in STRUCTS])
+def test_fields_have_the_header_s_names_types_and_order(body, name):
+    mirror = MIRRORS[name]
+    assert [field for _, field in fields(body)] == [field[0] for field in mirror._fields_]
+    for (kind, field), (_, mirrored) in zip(fields(body), mirror._fields_):
+        if kind.endswith("*"):
+            assert ctypes.sizeof(mirrored) == ctypes.sizeof(ctypes.c_void_p), field
+        else:
+            assert mirrored is SCALARS.get(kind, MIRRORS.get(kind)), f"{name}.{field}"
+
+
+def test_constants_equal_the_header_s():
+    header = {name: int(value) for name, value in re.findall(r"\bHFF_(\w+) = (\d+)", CODE)}
+    statuses = ("OK", "INVALID", "UNSUPPORTED", "OUT_OF_MEMORY", "OUT_OF_RANGE", "INTERNAL")
+    mirrored = {name: getattr(native, name) for name in (*statuses, "F32", "BF16", "F16")}
+    mirrored |= {
+        f"MASK_{kind}": getattr(native, f"MASK_{kind}")
+        for kind in ("NONE", "BOOL", "INT64", "ADDITIVE")
+    }
+    tables = {
+        "ACT": native.ACTIVATIONS,
+        "NORM": native.NORMS,
+        "RESIDUAL": native.RESIDUALS,
+        "QKV": native.QKV_LAYOUTS,
+        "STAGE": native.STAGES,
+    }
+    for prefix, table in tables.items():
+        mirrored |= {
+            f"{prefix}_{name.upper().replace('+', '_')}": value for name, value in table.items()
+        }
+    assert mirrored == header
+    for name, value in re.findall(r"#define HFF_(ABI_VERSION|MAX_ROWS|MAX_HEAD_DIM) (\d+)", CODE):
+        assert getattr(native, name) == int(value)
+
+
+def test_functions_have_the_header_s_argument_counts():
+    declared = re.findall(r"HFF_API [\w\s*]+?(hff_\w+)\((.*?)\);", CODE, flags=re.S)
+    counts = {
+        name: 0 if arguments == "void" else arguments.count(",") + 1 for name, arguments in declared
+    }
+    assert counts == {name: len(arguments) for name, (_, arguments) in native._SIGNATURES.items()}
+
+
+def norm_call(rows=2, hidden=3):
+    """A valid hff_norm_forward in fp32; the arrays it points into come along."""
+    weight, x, out = (
+        (ctypes.c_float * hidden)(*[1.0] * hidden),
+        (ctypes.c_float * 6)(),
+        (ctypes.c_float * 6)(),
+    )
+    buffer = lambda array: native.Buffer(ctypes.addressof(array), ctypes.sizeof(array))  # noqa: E731
+    norm = native.Norm(buffer(weight), native.Buffer(), 1e-5, 0)
+    io = native.sized(native.NormIo)
+    io.dtype, io.threads, io.rows, io.hidden, io.x, io.out = (
+        0,
+        1,
+        rows,
+        hidden,
+        buffer(x),
+        buffer(out),
+    )
+    return norm, io, (weight, x, out)
+
+
+BAD = {
+    "io.struct_size": [0, 1, 71, 73, 2**64 - 1],
+    "io.dtype": [-1, 3, 2**31 - 1],
+    "io.threads": [0, -1, 256, -(2**31)],
+    "io.rows": [-1, 3, 2**62, 2**63 - 1],
+    "io.hidden": [0, -1, 4, 2**62, 2**63 - 1],
+    "io.x.bytes": [0, 23, -1],
+    "io.out.bytes": [0, 23, -1],
+    "io.x.data": [None],
+    "io.out.data": [None],
+    "norm.kind": [-1, 2],
+    "norm.eps": [float("nan"), float("inf"), -1.0],
+    "norm.weight.data": [None],
+    "norm.weight.bytes": [11],
+}
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [(field, value) for field in BAD for value in BAD[field]]
+)
+def test_a_struct_that_contradicts_itself_is_refused(field, value):
+    norm, io, arrays = norm_call()
+    assert native.load().hff_norm_forward(ctypes.byref(norm), ctypes.byref(io)) == native.OK
+    before = bytes(arrays[2])
+    *path, last = field.split(".")
+    target = {"io": io, "norm": norm}[path[0]]
+    for name in path[1:]:
+        target = getattr(target, name)
+    setattr(target, last, value)
+    ctypes.memmove(arrays[1], (ctypes.c_float * 6)(*range(6)), 24)
+    status = native.load().hff_norm_forward(ctypes.byref(norm), ctypes.byref(io))
+    with pytest.raises(FusionError) as caught:
+        native.check(status)
+    assert status == native.INVALID
+    assert caught.value.reason is Reason.INVALID
+    assert len(caught.value.message) > 5
+    assert bytes(arrays[2]) == before
+
+
+def test_zero_rows_are_fine_and_touch_nothing():
+    norm, io, arrays = norm_call()
+    io.rows, io.x, io.out = 0, native.Buffer(), native.Buffer()
+    assert native.load().hff_norm_forward(ctypes.byref(norm), ctypes.byref(io)) == native.OK
+
+
+def test_advance_moves_every_length_or_none():
+    cells = (ctypes.c_int64 * 3)(4, 5, 6)
+    caches = (native.Cache * 3)()
+    for i, cache in enumerate(caches):
+        cache.capacity, cache.length = 8, ctypes.addressof(cells) + 8 * i
+    library = native.load()
+    assert library.hff_advance(caches, 3, 2) == native.OK
+    assert list(cells) == [6, 7, 8]
+    for tokens in (1, 2, 2**62, 2**63 - 1):
+        assert library.hff_advance(caches, 3, tokens) == native.OUT_OF_RANGE
+    assert library.hff_advance(caches, 3, -1) == native.INVALID
+    assert library.hff_advance(caches, -1, 1) == native.INVALID
+    assert library.hff_advance(None, 1, 1) == native.INVALID
+    assert list(cells) == [6, 7, 8]
+
+
+# ---------------------------------------------------------------- arrows and gates
+
+
+def imports(path: Path, package: str) -> set[str]:
+    """Absolute names of the modules that a file imports anywhere; `from . import x` counts as x."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = (
+                importlib.util.resolve_name("." * node.level + (node.module or ""), package)
+                if node.level
+                else node.module
+            )
+            # `from hf_fusion import native` names a module, `from hf_fusion import patch` the package
+            children = {f"{base}.{alias.name}" for alias in node.names}
+            known = {
+                child for child in children if (ROOT / (child.replace(".", "/") + ".py")).exists()
+            }
+            found |= known or {base}
+    return found
+
+
+def runtime_imports() -> dict[str, set[str]]:
+    """Module of hf_fusion's runtime -> what it imports."""
+    return {path.stem: imports(path, "hf_fusion") for path in (ROOT / "hf_fusion").glob("*.py")}
+
+
+def ours(names: set[str]) -> set[str]:
+    return {
+        name.split(".")[1] if "." in name else ""
+        for name in names
+        if name.split(".")[0] == "hf_fusion"
+    }
+
+
+def test_spec_report_and_native_stand_on_nothing_above_them():
+    modules = runtime_imports()
+    allowed = {"spec": set(), "report": set(), "native": {"report"}, "registry": {"report", "spec"}}
+    for name, below in allowed.items():
+        assert ours(modules[name]) <= below, name
+        assert not {found.split(".")[0] for found in modules[name]} & {
+            "torch",
+            "transformers",
+            "numpy",
+        }, name
+
+
+def test_patches_import_the_spec_and_the_registry_only():
+    for path in (ROOT / "patches").glob("*.py"):
+        names = imports(path, "hf_fusion.patches")
+        assert ours(names) <= {"spec", "registry", "report"}, path.name
+        assert "torch" not in {name.split(".")[0] for name in names}, path.name
+
+
+def test_runtime_imports_point_down():
+    modules = {
+        name: ours(names) & set(runtime_imports()) for name, names in runtime_imports().items()
+    }
+    for name, names in modules.items():
+        assert "cli" not in names, name
+        assert name in ("__init__", "cli") or "harness" not in ours(runtime_imports()[name]), name
+    order: list[str] = []
+    while len(order) < len(modules):
+        ready = [
+            name for name, names in modules.items() if name not in order and names <= {*order, name}
+        ]
+        assert ready, f"imports in a circle: {sorted(set(modules) - set(order))}"
+        order += ready
+
+
+def test_csrc_includes_point_down():
+    allowed = {
+        "abi.cc": r"\"abi_checks\.h\"",
+        "abi_checks.h": r"<c\w+>|\"(backend|checked)\.h\"",
+        "backend.h": r"<c\w+>|\"include/hf_fusion\.h\"",
+        "checked.h": r"<c\w+>|\"include/hf_fusion\.h\"",
+        "include/hf_fusion.h": r"<stdint\.h>",
+    }
+    for path in (ROOT / "csrc").rglob("*.*"):
+        name = path.relative_to(ROOT / "csrc").as_posix()
+        for included in re.findall(r"^\s*#\s*include\s+(\S+)", path.read_text(), flags=re.M):
+            assert not re.search(r"Python\.h|torch|ATen|c10|pybind", included), name
+            assert re.fullmatch(allowed.get(name, r".*"), included), f"{name} includes {included}"
+            assert not (name.startswith("cpu/") and re.search("abi|cuda", included)), name
+            assert not (name.startswith("cuda/") and re.search("abi|cpu/", included)), name
+    maths = r"\b(exp|sqrt|tanh|erf|fma|cos|sin|log|pow)f?\s*\("
+    for name in ("abi.cc", "abi_checks.h"):
+        assert not re.search(maths, (ROOT / "csrc" / name).read_text()), name
+
+
+def sources(*patterns: str) -> list[Path]:
+    skipped = {"build", ".venv", ".git", "tests"}
+    found = [path for pattern in patterns for path in ROOT.rglob(pattern)]
+    return [path for path in found if not skipped & set(path.relative_to(ROOT).parts)]
+
+
+def test_no_python_file_runs_or_unpickles_data():
+    banned = {"eval", "exec", "compile", "__import__"}
+    for path in sources("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+                assert node.func.id not in banned, f"{path}:{node.lineno}"
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in ("torch.load", "os.system"):
+                pytest.fail(f"{path}:{node.lineno}: {ast.unparse(node.func)}")
+            if isinstance(node, ast.keyword) and node.arg == "shell":
+                assert isinstance(node.value, ast.Constant) and not node.value.value, (
+                    f"{path}:{node.value.lineno}"
+                )
+        assert not imports(path, "hf_fusion") & {
+            "pickle",
+            "marshal",
+            "shelve",
+            "dill",
+            "cloudpickle",
+        }, path
+
+
+def test_no_build_file_loosens_floating_point():
+    for path in sources("CMakeLists.txt", "*.cmake", "*.toml", "Makefile", "*.cc", "*.h"):
+        text = re.sub(r"(#|//).*", "", path.read_text())
+        assert not re.search(r"-ffast-math|-Ofast|-funsafe-math|float_control|fast-math", text), (
+            path
+        )
+
+
+def test_sizes_are_multiplied_in_checked_h_only():
+    """In abi_checks.h a product is one of Size values, or an index inside brackets that a check has bounded."""
+    text = re.sub(r"//.*|\"(\\.|[^\"\\])*\"", "", (ROOT / "csrc/abi_checks.h").read_text())
+    text = re.sub(r"\[[^\[\]]*\]", "", text)
+    products = re.findall(r"[\w)\].]+ \* [\w(.:>-]+", text)
+    assert products, "the pattern no longer finds the products it should judge"
+    assert [product for product in products if not re.search(r"\* Size\(", product)] == []
+    assert not re.search(r"\b(mul|add)_overflow", text)
+
+
+# ---------------------------------------------------------------- the native cases
+
+
+def tool(name: str) -> str | None:
+    beside = Path(sys.executable).parent / name
+    return shutil.which(name) or (str(beside) if beside.exists() else None)
+
+
+@pytest.fixture(scope="session")
+def cases() -> str:
+    """hff_cases: HFF_CASES if set, else built with fault switches into build/cases."""
+    if os.environ.get("HFF_CASES"):
+        return os.environ["HFF_CASES"]
+    cmake = tool("cmake")
+    if not cmake or not (os.environ.get("CXX") or tool("c++") or tool("g++")):
+        pytest.skip(
+            "no cmake or no C++ compiler to build tests/native with; set HFF_CASES to a built hff_cases"
+        )
+    build = ROOT / "build/cases"
+    options = ["-DCMAKE_BUILD_TYPE=Release", "-DHFF_TESTS=ON", "-DHFF_FAULTS=ON"]
+    for command in (
+        [cmake, "-S", str(ROOT), "-B", str(build), *options],
+        [cmake, "--build", str(build), "--parallel"],
+    ):
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    return str(build / "hff_cases")
+
+
+@pytest.mark.parametrize(
+    "arguments", [["test"], ["fuzz", "--trials", "250000"]], ids=lambda a: a[0]
+)
+def test_native_cases(cases, arguments, capsys):
+    """Reliability rows 1, 2, 8, 9, 13, 16, 17, 20, 21, 24, 27; the counts are printed."""
+    done = subprocess.run([cases, *arguments], capture_output=True, text=True, timeout=900)
+    with capsys.disabled():
+        print("\n" + done.stdout[-20000:])
+    assert done.returncode == 0, done.stdout[-20000:] + done.stderr[-4000:]
+    assert "failures 0" in done.stdout

@@ -1,0 +1,277 @@
+"""Edge values keep stock's class (nan, inf, finite, zero), and equal input gives equal bits."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from shapes import DTYPES, VARIANTS
+from transformers import DynamicCache
+from twins import FAMILIES, Output, fused_hits, judge, twin
+
+import hf_fusion
+
+TWINS = [
+    (family, variant) for family in FAMILIES for variant in VARIANTS.get(family, {"plain": {}})
+]
+RUNGS = (
+    ("attention", "cpu"),
+    ("attention+up", "cpu"),
+    ("full", "cpu"),
+    ("full", "reference"),
+    ("decomposed", "cpu"),
+)
+AT = (1, 3)  # row and token that the edge value is put into
+
+
+def one_nan(x):
+    x[AT] = float("nan")
+
+
+def one_inf(x):
+    x[AT][..., 0] = float("inf")
+
+
+def minus_inf(x):
+    x[AT][..., -1] = -float("inf")
+
+
+def denormal(x):
+    x[AT] = torch.finfo(x.dtype).smallest_normal / 4
+
+
+def minus_zero(x):
+    x[AT] = -0.0
+
+
+def largest(x):
+    x[AT] *= torch.finfo(torch.float16).max / 8
+
+
+def equal_rows(x):
+    x[:] = x[:1, :1].clone()
+
+
+def constant(x):
+    x[AT] = 0.1
+
+
+def high_mean(x):
+    x[AT] = (1e4 + 8 * x[AT].float()).to(x.dtype)
+
+
+KINDS = (
+    one_nan,
+    one_inf,
+    minus_inf,
+    denormal,
+    minus_zero,
+    largest,
+    equal_rows,
+    constant,
+    high_mean,
+)
+
+
+def class_of(x: torch.Tensor) -> torch.Tensor:
+    """0 zero, 1 finite, 2 inf, 3 minus inf, 4 nan."""
+    kind = torch.where(x == 0, 0, 1)
+    kind = torch.where(x == float("inf"), 2, torch.where(x == -float("inf"), 3, kind))
+    return torch.where(x.isnan(), 4, kind)
+
+
+@torch.no_grad()
+def forwards(model, edit, length: int, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """Logits (3, length + 2, vocab) of edited embeds: `length` in one call, then one by one."""
+    generator = torch.Generator().manual_seed(21)
+    x = torch.randn(3, length + 2, model.config.hidden_size, generator=generator)
+    x = x.to(model.dtype)
+    edit(x)
+    cache, found = DynamicCache(config=model.config), []
+    for part in (slice(0, length), slice(length, length + 1), slice(length + 1, length + 2)):
+        seen = None if mask is None else mask[:, : part.stop]
+        found.append(
+            model(inputs_embeds=x[:, part], past_key_values=cache, attention_mask=seen).logits
+        )
+    return torch.cat(found, 1)
+
+
+@pytest.mark.reliability(27)
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("fusion, backend", RUNGS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_edge_values_keep_their_class(kind, fusion, backend, trials):
+    for family, variant in TWINS:
+        for dtype in DTYPES:
+            pair = twin(family, VARIANTS.get(family, {}).get(variant, {}), dtype)
+            for length in (5, 20):  # one native call, and torch's GEMMs around native attention
+                what = f"{pair.name}: {kind.__name__}, {fusion} on {backend}, length {length}"
+                stock = forwards(pair.stock, kind, length)
+                with hf_fusion.patched(pair.fused, fusion, backend), fused_hits(pair.fused, what):
+                    got = forwards(pair.fused, kind, length)
+                ours, theirs = class_of(got), class_of(stock)
+                if backend == "cpu" and fusion != "decomposed":
+                    # stock multiplies by zero what causality hides, and NaN passes; kernels skip it
+                    assert bool((ours[AT[0], : AT[1]] == 1).all()), (
+                        f"{what}: a later token leaks into earlier ones"
+                    )
+                    theirs[AT[0], : AT[1]] = 1
+                assert torch.equal(ours, theirs), (
+                    f"{what}: class {ours[ours != theirs][:5].tolist()} "
+                    f"in place of {theirs[ours != theirs][:5].tolist()} "
+                    f"at {(ours != theirs).nonzero()[:5].tolist()}"
+                )
+                trials()
+
+
+@pytest.mark.reliability(27)
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("fusion, backend", RUNGS)
+@pytest.mark.parametrize("kind", (denormal, minus_zero, equal_rows, constant, high_mean))
+def test_edge_values_keep_parity(kind, fusion, backend, trials):
+    for family, variant in TWINS:
+        pair = twin(family, VARIANTS.get(family, {}).get(variant, {}), "fp32")
+        for length in (5, 20):
+            what = f"{pair.name}: {kind.__name__}, {fusion} on {backend}, length {length}"
+
+            kept = []
+
+            def keep(x):
+                kind(x)
+                kept.append(x.double())
+
+            stock = forwards(pair.stock, keep, length)
+            exact = outcome(pair.exact, kept[0])
+            with hf_fusion.patched(pair.fused, fusion, backend), fused_hits(pair.fused, what):
+                got = forwards(pair.fused, keep, length)
+            assert torch.equal(kept[0], kept[1])
+            live = torch.ones(got.shape[:2], dtype=torch.bool)
+            judge(*(Output("logits", t, live) for t in (got, stock, exact)), pair.stages, what)
+            trials()
+
+
+@torch.no_grad()
+def outcome(model, x: torch.Tensor) -> torch.Tensor:
+    """Logits of x (batch, tokens, hidden) in one call."""
+    return model(inputs_embeds=x, use_cache=False).logits
+
+
+@pytest.mark.reliability(27)
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("fusion, backend", RUNGS)
+@pytest.mark.parametrize("kind", (one_nan, one_inf))
+def test_what_a_mask_hides_never_leaks(kind, fusion, backend, trials):
+    """Tokens that the mask hides change no bit of the others, whatever they hold."""
+    for family, variant in TWINS:
+        for dtype in DTYPES:
+            pair = twin(family, VARIANTS.get(family, {}).get(variant, {}), dtype)
+            for length in (5, 20):
+                what = (
+                    f"{pair.name}: {kind.__name__} masked, {fusion} on {backend}, length {length}"
+                )
+                mask = torch.ones(3, length + 2, dtype=torch.int64)
+                mask[AT] = 0
+                others = mask.bool()
+                with hf_fusion.patched(pair.fused, fusion, backend), fused_hits(pair.fused, what):
+                    got = forwards(pair.fused, kind, length, mask)
+                    clean = forwards(pair.fused, lambda x: None, length, mask)
+                assert bool(got[others].isfinite().all()), f"{what}: not finite"
+                assert torch.equal(got[others], clean[others]), (
+                    f"{what}: a masked value moved others"
+                )
+                trials()
+
+
+@torch.no_grad()
+def some_logits(model, batch: int, length: int, seed: int, row: int | None = None) -> torch.Tensor:
+    """Logits of a prompt and 3 tokens one by one, of all rows or of one alone."""
+    ids = torch.randint(3, 99, (batch, length + 3), generator=torch.Generator().manual_seed(seed))
+    ids = ids if row is None else ids[row : row + 1]
+    cache = DynamicCache(config=model.config)
+    found = [model(input_ids=ids[:, :length], past_key_values=cache).logits]
+    for at in range(length, length + 3):
+        found.append(model(input_ids=ids[:, at : at + 1], past_key_values=cache).logits)
+    return torch.cat(found, 1)
+
+
+SHAPES = ((1, 4), (2, 7), (4, 4), (3, 40), (1, 129))
+
+
+@pytest.mark.reliability(16)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("family, variant", TWINS)
+def test_equal_bits_from_run_to_run_and_for_any_number_of_threads(
+    family, variant, dtype, one_thread, trials
+):
+    pair = twin(family, VARIANTS.get(family, {}).get(variant, {}), dtype)
+    with hf_fusion.patched(pair.fused, "full", "cpu"):
+        for batch, length in SHAPES:
+            for seed in range(3):
+                what = f"{pair.name}: batch {batch}, length {length}, seed {seed}"
+                torch.set_num_threads(1)
+                first = some_logits(pair.fused, batch, length, seed)
+                assert torch.equal(some_logits(pair.fused, batch, length, seed), first), (
+                    f"{what}: a second run differs"
+                )
+                trials()
+                # torch's GEMMs, which take over above 16 rows, promise nothing across threads
+                if batch * length <= 16:
+                    for threads in (2, 3, 4):
+                        torch.set_num_threads(threads)
+                        again = some_logits(pair.fused, batch, length, seed)
+                        assert torch.equal(again, first), f"{what}: {threads} threads differ from 1"
+                        trials()
+
+
+@pytest.mark.reliability(16)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("family, variant", TWINS)
+def test_a_row_has_the_bits_it_has_alone(family, variant, dtype, one_thread, trials):
+    """Up to 16 rows, where kernels do everything, a row's bits do not depend on its batch."""
+    pair = twin(family, VARIANTS.get(family, {}).get(variant, {}), dtype)
+    with hf_fusion.patched(pair.fused, "full", "cpu"):
+        for batch, length in ((2, 7), (4, 4), (8, 2), (16, 1)):
+            together = some_logits(pair.fused, batch, length, batch)
+            for row in range(batch):
+                alone = some_logits(pair.fused, batch, length, batch, row)
+                assert torch.equal(alone[0], together[row]), (
+                    f"{pair.name}: row {row} of {batch}, length {length}"
+                )
+                trials()
+
+
+FRESH = """
+import hashlib, sys, torch
+sys.path.insert(0, {folder!r})
+torch.set_num_threads(1)
+import hf_fusion
+from shapes import DTYPES
+from test_numerics import some_logits
+from twins import twin
+for dtype in DTYPES:
+    pair = twin({family!r}, {changes!r}, dtype)
+    hf_fusion.patch(pair.fused, "full", "cpu", strict=True)
+    bits = some_logits(pair.fused, 3, 5, 1).view(torch.uint8).numpy().tobytes()
+    print("digest", dtype, hashlib.sha256(bits).hexdigest(), hf_fusion.stats(pair.fused).fused)
+"""
+
+
+@pytest.mark.reliability(16)
+def test_equal_bits_in_fresh_processes(trials):
+    family, variant = TWINS[0]
+    changes = VARIANTS.get(family, {}).get(variant, {})
+    code = FRESH.format(folder=str(Path(__file__).parent), family=family, changes=changes)
+    found = []
+    for _ in range(2):
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        lines = [line for line in done.stdout.splitlines() if line.startswith("digest ")]
+        assert len(lines) == len(DTYPES) and not any(line.endswith(" 0") for line in lines), lines
+        found.append(lines)
+        trials(len(lines))
+    assert found[0] == found[1], "two processes gave different bits"
