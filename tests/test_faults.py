@@ -299,9 +299,10 @@ def test_an_exception_at_every_step_reaches_the_caller_as_it_is(place, trials):
 
 
 CHILD = """
-import sys, time
+import signal, sys, time
 import torch
 from pairs import generate, pair
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job inherits it ignored
 model, stock = pair(3, sys.argv[1], "fp32", "cpu", num_hidden_layers=4)
 work = {"decode": lambda: generate(model, 1, 60), "prefill": lambda: generate(model, 1, 1, batch=4, length=600)}
 want = [generate(stock, 2, 8), generate(stock, 2, 2, length=40)]
