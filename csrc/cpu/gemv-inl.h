@@ -161,16 +161,17 @@ HFF_INLINE void dot_rows(const T* w, int64_t row_stride, int64_t cols, const Ope
 template <class T>
 static void gemv(const hff_linear& linear, int64_t begin, int64_t end, const Operand<T>* x,
                  int64_t x_stride, int64_t inputs, float* y, int64_t y_stride) {
-  const T* w = static_cast<const T*>(linear.weight.data) + begin * linear.row_stride;
+  const T* w = static_cast<const T*>(linear.weight.data);
+  const int64_t stride = linear.row_stride;
   int64_t i = begin;
   if (inputs > kInputs) {
-    for (; i + 2 <= end; i += 2, w += 2 * linear.row_stride, y += 2) {
-      dot_rows<T, 2>(w, linear.row_stride, linear.cols, x, x_stride, inputs, y, y_stride);
-    }
+    for (; i + 2 <= end; i += 2)
+      dot_rows<T, 2>(w + i * stride, stride, linear.cols, x, x_stride, inputs, y + i - begin,
+                     y_stride);
   }
-  for (; i < end; ++i, w += linear.row_stride, ++y) {
-    dot_rows<T, 1>(w, linear.row_stride, linear.cols, x, x_stride, inputs, y, y_stride);
-  }
+  for (; i < end; ++i)
+    dot_rows<T, 1>(w + i * stride, stride, linear.cols, x, x_stride, inputs, y + i - begin,
+                   y_stride);
 }
 
 // Rows are taken in blocks of about 32 KB: small enough to balance threads to a microsecond, large
