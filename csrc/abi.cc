@@ -15,12 +15,10 @@ hff_status dispatch(Entry Backend::* entry, const Arguments&... arguments) {
   return (backend->*entry)(arguments...);
 }
 
-constexpr int64_t kAnyRows = INT64_MAX;
-
 constexpr uint64_t kStructSizes[] = {
     sizeof(hff_input),        sizeof(hff_output),    sizeof(hff_linear), sizeof(hff_norm),
     sizeof(hff_heads),        sizeof(hff_block),     sizeof(hff_cache),  sizeof(hff_mask),
-    sizeof(hff_call),         sizeof(hff_block_io),  sizeof(hff_model),  sizeof(hff_decode_io),
+    sizeof(hff_call),         sizeof(hff_block_io),  sizeof(hff_model),  sizeof(hff_model_io),
     sizeof(hff_attention_io), sizeof(hff_linear_io), sizeof(hff_norm_io)};
 
 }  // namespace
@@ -38,36 +36,36 @@ uint64_t hff_struct_size(int32_t index) {
              : 0;
 }
 
-hff_status hff_decode(const hff_call* call, const hff_model* model, const hff_cache* caches,
-                      const hff_decode_io* io) {
+hff_status hff_model_forward(const hff_call* call, const hff_model* model, const hff_cache* caches,
+                      const hff_model_io* io) {
   HFF_REQUIRE(call != nullptr && model != nullptr && io != nullptr,
-              "a struct of hff_decode is null");
-  HFF_TRY(check_call(*call, HFF_MAX_ROWS));
+              "a struct of hff_model_forward is null");
+  HFF_TRY(check_call(*call));
   HFF_TRY(check_model(*model, *call, caches));
-  HFF_TRY(check_decode_io(*io, *call, *model));
-  return dispatch(&Backend::decode, *call, *model, caches, *io);
+  HFF_TRY(check_model_io(*io, *call, *model));
+  return dispatch(&Backend::model, *call, *model, caches, *io);
 }
 
 hff_status hff_block_forward(const hff_call* call, const hff_block* block, const hff_cache* cache,
                              const hff_block_io* io) {
-  HFF_REQUIRE(call != nullptr && block != nullptr && cache != nullptr && io != nullptr,
+  HFF_REQUIRE(call != nullptr && block != nullptr && io != nullptr,
               "a struct of hff_block_forward is null");
-  HFF_TRY(check_call(*call, HFF_MAX_ROWS));
+  HFF_TRY(check_call(*call));
   HFF_TRY(check_block(*block, *call, block->hidden));
   HFF_TRY(check_block_io(*io, *call, *block));
-  HFF_TRY(check_cache(*cache, *call, block->heads));
+  HFF_TRY(check_keys(cache, *call, block->heads));
   HFF_TRY(check_positions(*call, block->heads.rotary_dim));
-  return dispatch(&Backend::block, *call, *block, *cache, *io);
+  return dispatch(&Backend::block, *call, *block, cache, *io);
 }
 
 hff_status hff_attention_forward(const hff_call* call, const hff_heads* heads,
                                  const hff_cache* cache, const hff_attention_io* io) {
   HFF_REQUIRE(call != nullptr && heads != nullptr && cache != nullptr && io != nullptr,
               "a struct of hff_attention_forward is null");
-  HFF_TRY(check_call(*call, kAnyRows));
+  HFF_TRY(check_call(*call));
   HFF_TRY(check_heads(*heads));
   HFF_TRY(check_attention_io(*io, *call, *heads));
-  HFF_TRY(check_cache(*cache, *call, *heads));
+  HFF_TRY(check_keys(cache, *call, *heads));
   HFF_TRY(check_positions(*call, heads->rotary_dim));
   return dispatch(&Backend::attention, *call, *heads, *cache, *io);
 }
@@ -80,7 +78,8 @@ hff_status hff_linear_forward(const hff_linear* linear, const hff_linear_io* io)
   HFF_TRY(check_threads(io->threads));
   HFF_TRY(check_activation(io->activation));
   const int64_t size = element_bytes(io->dtype);
-  HFF_TRY(check_linear(*linear, linear->rows, linear->cols, size, "linear"));
+  HFF_TRY(check_precision(io->precision));
+  HFF_TRY(check_linear(*linear, linear->rows, linear->cols, *io, "linear"));
   HFF_REQUIRE(io->rows >= 0, "rows is %lld", shown(io->rows));
   if (io->rows == 0) return HFF_OK;
   HFF_TRY(check_buffer(io->x, Size(io->rows) * Size(linear->cols), size, "x"));
@@ -102,6 +101,27 @@ hff_status hff_norm_forward(const hff_norm* norm, const hff_norm_io* io) {
   HFF_TRY(check_buffer(io->x, Size(io->rows) * Size(io->hidden), size, "x"));
   HFF_TRY(check_buffer(io->out, Size(io->rows) * Size(io->hidden), size, "out"));
   return dispatch(&Backend::norm, *norm, *io);
+}
+
+int64_t hff_packed_bytes(int32_t dtype, int32_t precision, int64_t rows, int64_t cols) {
+  const Backend* backend = cpu_backend();
+  if (backend == nullptr || check_dtype(dtype) != HFF_OK || check_precision(precision) != HFF_OK)
+    return 0;
+  return rows < 1 || cols < 1 ? 0 : backend->packed_bytes(dtype, precision, rows, cols);
+}
+
+hff_status hff_pack(const hff_linear* linear, int32_t dtype, int32_t precision, int32_t threads,
+                    const hff_output* packed) {
+  HFF_REQUIRE(linear != nullptr && packed != nullptr, "a struct of hff_pack is null");
+  HFF_TRY(check_dtype(dtype));
+  HFF_TRY(check_precision(precision));
+  HFF_TRY(check_threads(threads));
+  HFF_TRY(check_linear(*linear, linear->rows, linear->cols, element_bytes(dtype), "linear"));
+  const int64_t bytes = hff_packed_bytes(dtype, precision, linear->rows, linear->cols);
+  HFF_REQUIRE(bytes > 0, "a matrix of (%lld, %lld) is too large to pack", shown(linear->rows),
+              shown(linear->cols));
+  HFF_TRY(check_buffer(packed->data, packed->bytes, Size(bytes), 1, 64, "packed"));
+  return dispatch(&Backend::pack, *linear, dtype, precision, threads, packed->data);
 }
 
 hff_status hff_advance(const hff_cache* caches, int64_t count, int64_t tokens) {

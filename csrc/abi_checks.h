@@ -63,6 +63,28 @@ inline hff_status check_activation(int32_t activation) {
   return HFF_OK;
 }
 
+inline hff_status check_precision(int32_t precision) {
+  HFF_REQUIRE(precision >= HFF_PRECISION_HIGHEST && precision <= HFF_PRECISION_MEDIUM,
+              "precision %d is none of HFF_PRECISION_*", precision);
+  return HFF_OK;
+}
+
+// Panels that hff_pack wrote for this matrix, dtype and precision under the chosen instruction set.
+inline hff_status check_packed(const hff_linear& l, int32_t dtype, int32_t precision,
+                               const char* name) {
+  if (l.packed.data == nullptr) return HFF_OK;
+  const Backend* backend = cpu_backend();
+  if (backend == nullptr) return HFF_UNSUPPORTED;
+  const int64_t bytes = backend->packed_bytes(dtype, precision, l.rows, l.cols);
+  HFF_REQUIRE(bytes > 0, "%s of (%lld, %lld) is too large to pack", name, shown(l.rows),
+              shown(l.cols));
+  HFF_TRY(check_buffer(l.packed.data, l.packed.bytes, Size(bytes), 1, 64, name));
+  HFF_REQUIRE(backend->packed_fits(l, dtype, precision),
+              "%s was packed for another matrix, precision or instruction set than %s", name,
+              hff_isa());
+  return HFF_OK;
+}
+
 inline hff_status check_linear(const hff_linear& l, int64_t rows, int64_t cols, int64_t size,
                                const char* name) {
   HFF_REQUIRE(l.rows == rows && l.cols == cols, "%s is (%lld, %lld), expected (%lld, %lld)", name,
@@ -72,6 +94,14 @@ inline hff_status check_linear(const hff_linear& l, int64_t rows, int64_t cols, 
               shown(l.row_stride));
   HFF_TRY(check_buffer(l.weight, last_offset(l.rows, l.row_stride) + Size(l.cols), size, name));
   return check_vector(l.bias, l.rows, size, false, name);
+}
+
+// The same for the call's dtype and precision, panels included.
+template <class Call>
+inline hff_status check_linear(const hff_linear& l, int64_t rows, int64_t cols, const Call& call,
+                               const char* name) {
+  HFF_TRY(check_linear(l, rows, cols, element_bytes(call.dtype), name));
+  return check_packed(l, call.dtype, call.precision, name);
 }
 
 inline hff_status check_norm(const hff_norm& n, int64_t hidden, int64_t size, const char* name) {
@@ -98,8 +128,16 @@ inline hff_status check_heads(const hff_heads& h) {
   return HFF_OK;
 }
 
+inline Size kv_rows(const hff_heads& h) { return Size(h.kv_heads) * Size(h.head_dim); }
 inline Size qkv_rows(const hff_heads& h) {
   return (Size(h.heads) + Size(2) * Size(h.kv_heads)) * Size(h.head_dim);
+}
+
+// The number of rows of a call whose sizes check_call has proven.
+inline Size rows_of(const hff_call& call) {
+  if (call.starts.data != nullptr)
+    return Size(static_cast<const int64_t*>(call.starts.data)[call.batch]);
+  return Size(call.batch) * Size(call.queries);
 }
 
 inline hff_status check_mask(const hff_mask& m, const hff_call& call, int64_t keys) {
@@ -165,25 +203,56 @@ inline hff_status check_cache(const hff_cache& c, const hff_call& call, const hf
   return check_mask(call.mask, call, keys.value());
 }
 
+// Sequences of the call's own: rising from 0, none longer than `queries`.
+inline hff_status check_starts(const hff_call& call) {
+  if (call.starts.data == nullptr) return HFF_OK;
+  HFF_TRY(check_buffer(call.starts, Size(call.batch) + Size(1), 8, "starts"));
+  const int64_t* starts = static_cast<const int64_t*>(call.starts.data);
+  HFF_REQUIRE(starts[0] == 0, "starts begins with %lld, expected 0", shown(starts[0]));
+  for (int64_t b = 0; b < call.batch; ++b) {
+    // subtracted as unsigned numbers, which cannot overflow
+    const uint64_t length = static_cast<uint64_t>(starts[b + 1]) - static_cast<uint64_t>(starts[b]);
+    HFF_REQUIRE(starts[b + 1] >= starts[b] && length <= static_cast<uint64_t>(call.queries),
+                "starts[%lld] is %lld after %lld, expected up to %lld more", shown(b + 1),
+                shown(starts[b + 1]), shown(starts[b]), shown(call.queries));
+  }
+  HFF_REQUIRE(starts[call.batch] >= 1, "starts ends with %lld, expected rows",
+              shown(starts[call.batch]));
+  return HFF_OK;
+}
+
 // Everything of a call but its positions, which come last: reading them is the only work that grows
 // with the call.
-inline hff_status check_call(const hff_call& call, int64_t most_rows) {
+inline hff_status check_call(const hff_call& call) {
   HFF_REQUIRE(call.struct_size == sizeof(hff_call),
               "hff_call has %llu bytes here, the caller says %llu",
               static_cast<unsigned long long>(sizeof(hff_call)),
               static_cast<unsigned long long>(call.struct_size));
   HFF_TRY(check_dtype(call.dtype));
   HFF_TRY(check_threads(call.threads));
+  HFF_TRY(check_precision(call.precision));
   const Size rows = Size(call.batch) * Size(call.queries);
   HFF_REQUIRE(call.batch >= 1 && call.queries >= 1 && rows.ok(),
               "batch is %lld and queries %lld, expected at least 1", shown(call.batch),
               shown(call.queries));
-  if (!rows.fits(most_rows)) {
-    return fail(HFF_UNSUPPORTED, "batch %lld times queries %lld exceeds %lld rows",
-                shown(call.batch), shown(call.queries), shown(most_rows));
-  }
   HFF_REQUIRE(call.causal == 0 || call.causal == 1, "causal is %d, expected 0 or 1", call.causal);
-  return HFF_OK;
+  return check_starts(call);
+}
+
+// What a call without caches may have: starts only with neither RoPE nor mask.
+inline hff_status check_own_keys(const hff_call& call, const hff_heads& h) {
+  HFF_REQUIRE(call.starts.data == nullptr ||
+                  (h.rotary_dim == 0 && call.mask.kind == HFF_MASK_NONE),
+              "starts are given with rotary_dim %lld and mask kind %d, expected 0 and none",
+              shown(h.rotary_dim), call.mask.kind);
+  return check_mask(call.mask, call, call.queries);
+}
+
+// `cache` may be null.
+inline hff_status check_keys(const hff_cache* cache, const hff_call& call, const hff_heads& h) {
+  if (cache == nullptr) return check_own_keys(call, h);
+  HFF_REQUIRE(call.starts.data == nullptr, "starts are given with a cache");
+  return check_cache(*cache, call, h);
 }
 
 inline hff_status check_block(const hff_block& b, const hff_call& call, int64_t hidden) {
@@ -192,7 +261,7 @@ inline hff_status check_block(const hff_block& b, const hff_call& call, int64_t 
   HFF_TRY(check_activation(b.activation));
   HFF_REQUIRE(b.hidden >= 1 && b.hidden == hidden, "a layer is %lld wide, the model %lld",
               shown(b.hidden), shown(hidden));
-  HFF_REQUIRE(b.residual == HFF_RESIDUAL_PARALLEL || b.residual == HFF_RESIDUAL_SEQUENTIAL,
+  HFF_REQUIRE(b.residual >= HFF_RESIDUAL_PARALLEL && b.residual <= HFF_RESIDUAL_POST_NORM,
               "residual %d is unknown", b.residual);
   const Size qkv = qkv_rows(b.heads), context = Size(b.heads.heads) * Size(b.heads.head_dim);
   HFF_REQUIRE(qkv.ok() && context.ok() && b.mlp_width >= 1,
@@ -200,37 +269,45 @@ inline hff_status check_block(const hff_block& b, const hff_call& call, int64_t 
               shown(b.heads.head_dim), shown(b.mlp_width));
   HFF_TRY(check_norm(b.attention_norm, hidden, size, "attention_norm"));
   HFF_TRY(check_norm(b.mlp_norm, hidden, size, "mlp_norm"));
-  HFF_TRY(check_linear(b.qkv, qkv.value(), hidden, size, "qkv"));
-  HFF_TRY(check_linear(b.o, hidden, context.value(), size, "o"));
-  HFF_TRY(check_linear(b.up, b.mlp_width, hidden, size, "up"));
-  return check_linear(b.down, hidden, b.mlp_width, size, "down");
+  if (b.k.weight.data != nullptr) {
+    HFF_REQUIRE(b.heads.qkv_layout == HFF_QKV_STACKED, "k is given with qkv_layout %d",
+                b.heads.qkv_layout);
+    HFF_TRY(check_linear(b.qkv, context.value(), hidden, call, "q"));
+    HFF_TRY(check_linear(b.k, kv_rows(b.heads).value(), hidden, call, "k"));
+    HFF_TRY(check_linear(b.v, kv_rows(b.heads).value(), hidden, call, "v"));
+  } else {
+    HFF_TRY(check_linear(b.qkv, qkv.value(), hidden, call, "qkv"));
+  }
+  HFF_TRY(check_linear(b.o, hidden, context.value(), call, "o"));
+  HFF_TRY(check_linear(b.up, b.mlp_width, hidden, call, "up"));
+  return check_linear(b.down, hidden, b.mlp_width, call, "down");
 }
 
 inline hff_status check_model(const hff_model& m, const hff_call& call, const hff_cache* caches) {
   const int64_t size = element_bytes(call.dtype);
   HFF_REQUIRE(m.struct_size == sizeof(hff_model), "hff_model has another size for the caller");
-  HFF_REQUIRE(m.hidden >= 1 && m.block_count >= 1 && m.blocks != nullptr && caches != nullptr,
-              "a model needs layers and caches: hidden %lld, block_count %lld", shown(m.hidden),
+  HFF_REQUIRE(m.hidden >= 1 && m.block_count >= 1 && m.blocks != nullptr,
+              "a model needs layers: hidden %lld, block_count %lld", shown(m.hidden),
               shown(m.block_count));
-  HFF_TRY(check_norm(m.final_norm, m.hidden, size, "final_norm"));
+  if (m.final_norm.weight.data != nullptr)
+    HFF_TRY(check_norm(m.final_norm, m.hidden, size, "final_norm"));
   if (m.head.weight.data != nullptr)
-    HFF_TRY(check_linear(m.head, m.head.rows, m.hidden, size, "head"));
+    HFF_TRY(check_linear(m.head, m.head.rows, m.hidden, call, "head"));
   for (int64_t l = 0; l < m.block_count; ++l) {
     HFF_TRY(check_block(m.blocks[l], call, m.hidden));
-    HFF_TRY(check_cache(caches[l], call, m.blocks[l].heads));
-    HFF_REQUIRE(*caches[l].length == *caches[0].length,
-                "layer %lld has %lld cached tokens, layer 0 has %lld", shown(l),
-                shown(*caches[l].length), shown(*caches[0].length));
+    HFF_TRY(check_keys(caches != nullptr ? caches + l : nullptr, call, m.blocks[l].heads));
+    HFF_REQUIRE(caches == nullptr || *caches[l].length == *caches[0].length,
+                "layer %lld has another number of cached tokens than layer 0", shown(l));
     HFF_REQUIRE(m.blocks[l].heads.rotary_dim == m.blocks[0].heads.rotary_dim,
                 "layers differ in rotary_dim");
   }
   return check_positions(call, m.blocks[0].heads.rotary_dim);
 }
 
-inline hff_status check_ids(const hff_decode_io& io, const hff_call& call, const hff_model& m) {
+inline hff_status check_ids(const hff_model_io& io, const hff_call& call, const hff_model& m) {
   const int64_t size = element_bytes(call.dtype);
-  const Size rows = Size(call.batch) * Size(call.queries);
-  if (io.ids.data == nullptr) return check_buffer(io.x, rows * Size(m.hidden), size, "x");
+  if (io.ids.data == nullptr) return check_buffer(io.x, rows_of(call) * Size(m.hidden), size, "x");
+  HFF_REQUIRE(call.starts.data == nullptr, "ids are given with starts, expected x");
   HFF_TRY(check_buffer(io.ids,
                        last_offset(call.batch, io.id_batch_stride) +
                            last_offset(call.queries, io.id_query_stride) + Size(1),
@@ -250,19 +327,19 @@ inline hff_status check_ids(const hff_decode_io& io, const hff_call& call, const
   return HFF_OK;
 }
 
-inline hff_status check_decode_io(const hff_decode_io& io, const hff_call& call,
+inline hff_status check_model_io(const hff_model_io& io, const hff_call& call,
                                   const hff_model& m) {
   const int64_t size = element_bytes(call.dtype);
-  HFF_REQUIRE(io.struct_size == sizeof(hff_decode_io),
-              "hff_decode_io has another size for the caller");
+  HFF_REQUIRE(io.struct_size == sizeof(hff_model_io),
+              "hff_model_io has another size for the caller");
   HFF_REQUIRE(io.logits.data != nullptr || io.hidden.data != nullptr,
               "neither logits nor hidden is asked for");
   if (io.hidden.data != nullptr) {
-    HFF_TRY(check_buffer(io.hidden, Size(call.batch) * Size(call.queries) * Size(m.hidden), size,
-                         "hidden"));
+    HFF_TRY(check_buffer(io.hidden, rows_of(call) * Size(m.hidden), size, "hidden"));
   }
   if (io.logits.data != nullptr) {
     HFF_REQUIRE(m.head.weight.data != nullptr, "logits are asked for, but the model has no head");
+    HFF_REQUIRE(call.starts.data == nullptr, "logits are asked for with starts");
     HFF_REQUIRE(io.keep >= 1 && io.keep <= call.queries, "keep is %lld, expected 1 to %lld",
                 shown(io.keep), shown(call.queries));
     HFF_TRY(check_buffer(io.logits, Size(call.batch) * Size(io.keep) * Size(m.head.rows), size,
@@ -273,7 +350,7 @@ inline hff_status check_decode_io(const hff_decode_io& io, const hff_call& call,
 
 inline hff_status check_block_io(const hff_block_io& io, const hff_call& call, const hff_block& b) {
   const int64_t size = element_bytes(call.dtype);
-  const Size rows = Size(call.batch) * Size(call.queries);
+  const Size rows = rows_of(call);
   HFF_REQUIRE(io.struct_size == sizeof(hff_block_io),
               "hff_block_io has another size for the caller");
   HFF_REQUIRE(io.stage >= HFF_STAGE_ATTENTION && io.stage <= HFF_STAGE_FULL, "stage %d is unknown",

@@ -6,12 +6,18 @@
 namespace hff {
 
 struct Backend {
-  hff_status (*decode)(const hff_call&, const hff_model&, const hff_cache*, const hff_decode_io&);
-  hff_status (*block)(const hff_call&, const hff_block&, const hff_cache&, const hff_block_io&);
+  // caches may be null: nothing is kept
+  hff_status (*model)(const hff_call&, const hff_model&, const hff_cache*, const hff_model_io&);
+  hff_status (*block)(const hff_call&, const hff_block&, const hff_cache*, const hff_block_io&);
   hff_status (*attention)(const hff_call&, const hff_heads&, const hff_cache&,
                           const hff_attention_io&);
   hff_status (*linear)(const hff_linear&, const hff_linear_io&);
   hff_status (*norm)(const hff_norm&, const hff_norm_io&);
+  int64_t (*packed_bytes)(int32_t dtype, int32_t precision, int64_t rows, int64_t cols);
+  // Whether linear.packed, at least 64 bytes, starts as this back end's packing of linear does.
+  bool (*packed_fits)(const hff_linear&, int32_t dtype, int32_t precision);
+  hff_status (*pack)(const hff_linear&, int32_t dtype, int32_t precision, int32_t threads,
+                     void* out);
   void (*read_stream)(const void* data, int64_t bytes, int32_t threads);
 };
 

@@ -18,16 +18,16 @@ from pathlib import Path
 
 from .report import FusionError, Reason
 
-ABI_VERSION = 1
-MAX_ROWS = 16
+ABI_VERSION = 2
 MAX_HEAD_DIM = 256
 
 OK, INVALID, UNSUPPORTED, OUT_OF_MEMORY, OUT_OF_RANGE, INTERNAL = range(6)
 F32, BF16, F16 = range(3)
 ACTIVATIONS = {"none": 0, "gelu_erf": 1, "gelu_tanh": 2, "relu": 3, "silu": 4}
 NORMS = {"layer": 0, "rms": 1}
-RESIDUALS = {"parallel": 0, "sequential": 1}
-QKV_LAYOUTS = {"per_head": 0, "stacked": 1}
+RESIDUALS = {"parallel": 0, "sequential": 1, "post_norm": 2}
+QKV_LAYOUTS = {"per_head": 0, "stacked": 1, "separate": 1}
+PRECISIONS = {"highest": 0, "high": 1, "medium": 2}
 STAGES = {"attention": 0, "attention+up": 1, "full": 2}
 MASK_NONE, MASK_BOOL, MASK_INT64, MASK_ADDITIVE = range(4)
 
@@ -51,6 +51,7 @@ class Linear(ctypes.Structure):
     _fields_ = [
         ("weight", Buffer),
         ("bias", Buffer),
+        ("packed", Buffer),
         ("rows", c_int64),
         ("cols", c_int64),
         ("row_stride", c_int64),
@@ -88,6 +89,8 @@ class Block(ctypes.Structure):
         ("attention_norm", Norm),
         ("mlp_norm", Norm),
         ("qkv", Linear),
+        ("k", Linear),
+        ("v", Linear),
         ("o", Linear),
         ("up", Linear),
         ("down", Linear),
@@ -132,7 +135,8 @@ class Call(ctypes.Structure):
         ("batch", c_int64),
         ("queries", c_int64),
         ("causal", c_int32),
-        ("reserved", c_int32),
+        ("precision", c_int32),
+        ("starts", Buffer),
         ("positions", Buffer),
         ("position_batch_stride", c_int64),
         ("position_query_stride", c_int64),
@@ -172,8 +176,8 @@ class Model(ctypes.Structure):
     ]
 
 
-class DecodeIo(ctypes.Structure):
-    """hff_decode_io."""
+class ModelIo(ctypes.Structure):
+    """hff_model_io."""
 
     _fields_ = [
         ("struct_size", c_uint64),
@@ -202,7 +206,7 @@ class LinearIo(ctypes.Structure):
         ("threads", c_int32),
         ("rows", c_int64),
         ("activation", c_int32),
-        ("reserved", c_int32),
+        ("precision", c_int32),
         ("x", Buffer),
         ("out", Buffer),
     ]
@@ -223,15 +227,17 @@ class NormIo(ctypes.Structure):
 
 
 STRUCTS = (
-    Buffer, Buffer, Linear, Norm, Heads, Block, Cache, Mask, Call, BlockIo, Model, DecodeIo, AttentionIo, LinearIo, NormIo,
+    Buffer, Buffer, Linear, Norm, Heads, Block, Cache, Mask, Call, BlockIo, Model, ModelIo, AttentionIo, LinearIo, NormIo,
 )  # fmt: skip
 
 _SIGNATURES = {
-    "hff_decode": (c_int32, [POINTER(Call), POINTER(Model), POINTER(Cache), POINTER(DecodeIo)]),
+    "hff_model_forward": (c_int32, [POINTER(Call), POINTER(Model), POINTER(Cache), POINTER(ModelIo)]),
     "hff_block_forward": (c_int32, [POINTER(Call), POINTER(Block), POINTER(Cache), POINTER(BlockIo)]),
     "hff_attention_forward": (c_int32, [POINTER(Call), POINTER(Heads), POINTER(Cache), POINTER(AttentionIo)]),
     "hff_linear_forward": (c_int32, [POINTER(Linear), POINTER(LinearIo)]),
     "hff_norm_forward": (c_int32, [POINTER(Norm), POINTER(NormIo)]),
+    "hff_packed_bytes": (c_int64, [c_int32, c_int32, c_int64, c_int64]),
+    "hff_pack": (c_int32, [POINTER(Linear), c_int32, c_int32, c_int32, POINTER(Buffer)]),
     "hff_advance": (c_int32, [POINTER(Cache), c_int64, c_int64]),
     "hff_abi_version": (c_int32, []),
     "hff_struct_size": (c_uint64, [c_int32]),

@@ -1,8 +1,7 @@
 """The cpu back end: a block spec, its tensors and a cache become C structs; one native call runs a layer or a token.
 
-Up to MAX_ROWS rows (batch times queries) go through one native call, `block` for a layer and `decode` for everything
-from embedding to logits. More rows use torch's GEMMs with the native attention between them, which keeps no
-(queries, keys) array. Weights are read in place. Cache lengths move last, all together.
+Any number of rows (batch times queries) goes through one native call: `block` for a layer, `decode` for everything
+from embedding to logits. Weights are read in place. Cache lengths move last, all together.
 """
 
 from __future__ import annotations
@@ -13,12 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn.functional import embedding, linear
 
 from . import native
-from .reference import ACTIVATIONS, norm
 from .rope import RopeRows, RopeTable, rope_of_call
-from .spec import BlockSpec, BlockTensors, Residual
+from .spec import BlockSpec, BlockTensors
 from .structs import DTYPES, NativeBlock, NativeModel, buffer, caches_of, set_mask
 
 __all__ = ["CpuBackend", "RopeTable"]
@@ -28,7 +25,7 @@ class _Frame(threading.local):
     """The call structs of one thread, reused from call to call."""
 
     def __init__(self):
-        self.call, self.io = native.sized(native.Call), native.sized(native.DecodeIo)
+        self.call, self.io = native.sized(native.Call), native.sized(native.ModelIo)
         self.block_io, self.attention_io = native.sized(native.BlockIo), native.sized(native.AttentionIo)
         self.call.causal = 1
         self.positions, self.mask = self.call.positions, self.call.mask
@@ -43,7 +40,6 @@ class CpuBackend:
     """The four calls of a back end through the native library; arguments as in reference.ReferenceBackend."""
 
     name = "cpu"
-    max_rows = native.MAX_ROWS
 
     def __init__(self):
         self._library = native.load()
@@ -69,6 +65,7 @@ class CpuBackend:
         call = frame.call
         call.dtype, call.threads = DTYPES[dtype], torch.get_num_threads()
         call.batch, call.queries = batch, queries
+        call.precision = native.PRECISIONS[torch.get_float32_matmul_precision()]
         table, positions = rope_of_call(rope, batch, queries, past, positions)
         self._set_rows(table.current)
         (batch_stride, query_stride), rows = positions.stride(), positions.shape[0]
@@ -100,8 +97,6 @@ class CpuBackend:
     def decode(self, model: NativeModel, ids, embeds, slots, mask, positions, rope, keep=0):
         """(hidden (B, q, hidden), None) after the final norm or, with a head, (None, logits (B, keep, vocab))."""
         batch, queries = ids.shape if ids is not None else embeds.shape[:2]
-        if batch * queries > native.MAX_ROWS:
-            return self._decode_rows(model, ids, embeds, slots, mask, positions, rope, keep)
         frame = self._frame
         past = slots[0].length if slots[0] is not None else 0
         caches = caches_of(slots, batch, queries, model.blocks)
@@ -126,7 +121,7 @@ class CpuBackend:
             frame.hidden.data, frame.hidden.bytes = hidden.data_ptr(), hidden.nbytes
             frame.logits.data = None
         self._run(
-            self._library.hff_decode, alive, frame.call_ref, model.reference, caches, frame.io_ref
+            self._library.hff_model_forward, alive, frame.call_ref, model.reference, caches, frame.io_ref
         )
         return hidden, logits
 
@@ -135,10 +130,6 @@ class CpuBackend:
         batch, queries, hidden = x.shape
         past = slot.length if slot is not None else 0
         caches = caches_of([slot], batch, queries, [block])
-        if batch * queries > native.MAX_ROWS:
-            out = self._block_rows(block, stage, x, caches[0], past, mask, positions, rope)
-            native.check(self._library.hff_advance(caches, 1, queries))
-            return out
         alive = self._set_call(batch, queries, block.dtype, past, mask, positions, rope)
         x = x.contiguous()
         io = self._frame.block_io
@@ -157,59 +148,3 @@ class CpuBackend:
             self._library.hff_block_forward, alive, call, ctypes.byref(block.struct), caches, io_ref
         )
         return result
-
-    # Many rows: torch's GEMMs, native attention. Nothing counts as cached before every layer has run.
-
-    def _attention_rows(self, block: NativeBlock, x, cache, past, mask, positions, rope) -> torch.Tensor:
-        """Attention output (B, q, hidden) of x (B, q, hidden), before the residual; appends behind `past` tokens."""
-        spec, t = block.spec, block.tensors
-        batch, queries, _ = x.shape
-        normed = norm(spec.attention_norm, t.attention_norm_weight, t.attention_norm_bias, x)
-        qkv = linear(normed, t.qkv_weight, t.qkv_bias)
-        del normed
-        context = torch.empty((batch, queries, spec.attention.width), dtype=block.dtype)
-        alive = self._set_call(batch, queries, block.dtype, past, mask, positions, rope)
-        io = self._frame.attention_io
-        io.qkv, io.qkv_row_stride, io.out = buffer(qkv), qkv.shape[-1], buffer(context)
-        length, apart = ctypes.c_int64(past), native.Cache.from_buffer_copy(cache)
-        apart.length = ctypes.addressof(length)
-        self._run(
-            self._library.hff_attention_forward,
-            alive,
-            self._frame.call_ref,
-            ctypes.byref(block.heads),
-            ctypes.byref(apart),
-            ctypes.byref(io),
-        )
-        del qkv
-        return linear(context, t.o_weight, t.o_bias)
-
-    def _block_rows(self, block: NativeBlock, stage: str, x, cache, past, mask, positions, rope):
-        spec, t = block.spec, block.tensors
-        attention = self._attention_rows(block, x, cache, past, mask, positions, rope)
-        if stage == "attention":
-            return attention
-        sequential = spec.residual == Residual.SEQUENTIAL
-        if sequential:
-            attention = attention.add_(x)
-        normed = norm(spec.mlp_norm, t.mlp_norm_weight, t.mlp_norm_bias, attention if sequential else x)
-        up = ACTIVATIONS[spec.mlp.activation](linear(normed, t.up_weight, t.up_bias))
-        del normed
-        if stage == "attention+up":
-            return attention, up
-        mlp = linear(up, t.down_weight, t.down_bias).add_(attention)
-        return mlp if sequential else mlp.add_(x)
-
-    def _decode_rows(self, model: NativeModel, ids, embeds, slots, mask, positions, rope, keep):
-        past = slots[0].length if slots[0] is not None else 0
-        x = embedding(ids, model.embedding) if ids is not None else embeds
-        batch, queries, _ = x.shape
-        caches = caches_of(slots, batch, queries, model.blocks)
-        for block, cache in zip(model.blocks, caches, strict=True):
-            x = self._block_rows(block, "full", x, cache, past, mask, positions, rope)
-        spec, weight, bias = model.final_norm
-        hidden, logits = norm(spec, weight, bias, x), None
-        if model.head_weight is not None:
-            logits, hidden = linear(hidden[:, -keep:], model.head_weight, model.head_bias), None
-        native.check(self._library.hff_advance(caches, len(slots), queries))
-        return hidden, logits

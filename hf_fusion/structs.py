@@ -29,7 +29,7 @@ def buffer(tensor: torch.Tensor | None) -> native.Buffer:
 
 def _linear(weight: torch.Tensor, bias: torch.Tensor | None) -> native.Linear:
     rows, cols = weight.shape
-    return native.Linear(buffer(weight), buffer(bias), rows, cols, cols)
+    return native.Linear(buffer(weight), buffer(bias), native.Buffer(), rows, cols, cols)
 
 
 def _norm(spec: NormSpec, weight: torch.Tensor, bias: torch.Tensor | None) -> native.Norm:
@@ -79,6 +79,8 @@ class NativeBlock:
             _norm(spec.attention_norm, tensors.attention_norm_weight, tensors.attention_norm_bias),
             _norm(spec.mlp_norm, tensors.mlp_norm_weight, tensors.mlp_norm_bias),
             _linear(tensors.qkv_weight, tensors.qkv_bias),
+            native.Linear(),
+            native.Linear(),
             _linear(tensors.o_weight, tensors.o_bias),
             _linear(tensors.up_weight, tensors.up_bias),
             _linear(tensors.down_weight, tensors.down_bias),

@@ -124,10 +124,13 @@ def run(model: nn.Module, case: Case) -> list[Output]:
     return outputs
 
 
-def judge(got: Output, stock: Output, exact: Output, stages: int, what: str) -> None:
+def judge(
+    got: Output, stock: Output, exact: Output, stages: int, what: str, yardstick: float = 0.0
+) -> None:
     """Fails unless `got` is as right as `stock`, both measured against the float64 `exact`.
 
-    Largest and L2 error at most twice stock's plus two units in the last place. The relative L2
+    Largest and L2 error at most twice stock's plus two units in the last place; for the largest,
+    stock's may also be `yardstick` times the largest value. The relative L2
     error of independent roundings grows with the root of `stages`: it stays below RELATIVE_L2
     times that, except where stock's does not stay below RELATIVE_L2. Outputs that are don't-care
     must be finite.
@@ -146,8 +149,9 @@ def judge(got: Output, stock: Output, exact: Output, stages: int, what: str) -> 
     ours, theirs = got.value[live].double() - truth, stock.value[live].double() - truth
     ulp = torch.finfo(dtype).eps
     worst = int(ours.abs().argmax())
-    error, limit = float(ours.abs().max()), STOCK_FACTOR * float(theirs.abs().max())
-    limit += ULPS * ulp * float(truth.abs().max())
+    most = float(truth.abs().max())
+    error = float(ours.abs().max())
+    limit = STOCK_FACTOR * max(float(theirs.abs().max()), yardstick * most) + ULPS * ulp * most
     assert error <= limit, (
         f"{what}: error {error:.3e} exceeds {limit:.3e} (stock's {float(theirs.abs().max()):.3e}), "
         f"worst element {worst} of {tuple(truth.shape)}: {float((ours + truth).flatten()[worst])}, "
@@ -166,9 +170,20 @@ def judge(got: Output, stock: Output, exact: Output, stages: int, what: str) -> 
 def judge_all(
     got: list[Output], stock: list[Output], exact: list[Output], stages: int, what: str
 ) -> None:
-    """`judge` for outputs in the same order."""
+    """`judge` for outputs in the same order.
+
+    The largest error of one call is one draw of many: the yardstick for the logits, keys or values
+    of a run is stock's largest relative error over all its calls.
+    """
+    yardsticks: dict[str, float] = {}
+    for output, true in zip(stock, exact, strict=True):
+        if bool(output.live.any()):
+            truth = true.value[output.live].double()
+            error = (output.value[output.live].double() - truth).abs().max() / truth.abs().max()
+            kind = output.name.split()[0]
+            yardsticks[kind] = max(yardsticks.get(kind, 0.0), float(error))
     for one, two, three in zip(got, stock, exact, strict=True):
-        judge(one, two, three, stages, what)
+        judge(one, two, three, stages, what, yardsticks.get(two.name.split()[0], 0.0))
 
 
 @contextmanager

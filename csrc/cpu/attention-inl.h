@@ -58,37 +58,67 @@ HFF_INLINE void rotate_head(const Q* head, const T* cos, const T* sin, int64_t r
   }
 }
 
-// One call's attention: everything a unit needs, shapes resolved.
+HFF_INLINE const int64_t* starts_of(const hff_call& call) {
+  return static_cast<const int64_t*>(call.starts.data);
+}
+HFF_INLINE int64_t rows_of(const hff_call& call) {
+  return call.starts.data != nullptr ? starts_of(call)[call.batch] : call.batch * call.queries;
+}
+
+// One call's attention: everything a unit needs, shapes resolved. Without a cache (kv null) the
+// call's own keys and values are read where qkv holds them, in the model dtype.
 template <class T, class Q>
 struct Attention {
   const hff_call& call;
   const hff_heads& heads;
-  const hff_cache& cache;
   const Q* qkv;
   int64_t qkv_stride;
   HeadOffsets offsets;
+  const int64_t* starts;
+  hff_cache cache;
   int64_t
       past;  // *cache.length at entry; the cell itself moves only when the whole call has succeeded
 
-  Attention(const hff_call& c, const hff_heads& h, const hff_cache& kv, const Q* projected,
+  Attention(const hff_call& c, const hff_heads& h, const hff_cache* kv, const Q* projected,
             int64_t stride)
       : call(c),
         heads(h),
-        cache(kv),
         qkv(projected),
         qkv_stride(stride),
         offsets(h),
-        past(*kv.length) {}
+        starts(starts_of(c)),
+        cache(kv != nullptr ? *kv : in_place()),
+        past(kv != nullptr ? *kv->length : 0) {}
 
+  hff_cache in_place() const {
+    hff_cache view = {};
+    view.keys.data = const_cast<Q*>(qkv + offsets.k_start);
+    view.values.data = const_cast<Q*>(qkv + offsets.v_start);
+    view.token_stride = qkv_stride;
+    view.head_stride = offsets.kv_stride;
+    view.batch_stride = call.queries * qkv_stride;
+    return view;
+  }
+  bool kept() const { return cache.length != nullptr; }
+
+  int64_t queries(int64_t b) const {
+    return starts != nullptr ? starts[b + 1] - starts[b] : call.queries;
+  }
   int64_t keys() const { return past + call.queries; }
   int64_t splits() const { return (keys() + kSplit - 1) / kSplit; }
   int64_t group() const { return heads.heads / heads.kv_heads; }
-  const Q* row(int64_t b, int64_t i) const { return qkv + (b * call.queries + i) * qkv_stride; }
+  int64_t row_index(int64_t b, int64_t i) const {
+    return (starts != nullptr ? starts[b] : b * call.queries) + i;
+  }
+  const Q* row(int64_t b, int64_t i) const { return qkv + row_index(b, i) * qkv_stride; }
   int64_t cached(int64_t b, int64_t g, int64_t token) const {
+    if (starts != nullptr) return (starts[b] + token) * cache.token_stride + g * cache.head_stride;
     return b * cache.batch_stride + g * cache.head_stride + token * cache.token_stride;
   }
-  // Keys [0, limit) are causally visible to query i.
-  int64_t limit(int64_t i) const { return call.causal ? past + i + 1 : keys(); }
+  // Keys [0, limit) are causally visible to query i of batch row b.
+  int64_t limit(int64_t b, int64_t i) const {
+    return past + (call.causal ? i + 1 : queries(b));
+  }
 
   template <class Out>
   void rotate(const Q* head, int64_t b, int64_t i, Out* out) const {
@@ -101,13 +131,15 @@ struct Attention {
     rotate_head(head, cos, sin, heads.rotary_dim, heads.head_dim, out);
   }
 
-  // Writes k' and v of queries [begin, end) behind the cached tokens of (b, g).
+  // Writes k' and v of queries [begin, end) behind the cached tokens of (b, g); without a cache, k'
+  // over k.
   void append(int64_t b, int64_t g, int64_t begin, int64_t end) const {
     for (int64_t i = begin; i < end; ++i) {
       const Q* projected = row(b, i);
       const int64_t at = cached(b, g, past + i);
       rotate(projected + offsets.k_start + g * offsets.kv_stride, b, i,
              static_cast<T*>(cache.keys.data) + at);
+      if (!kept()) continue;
       const Q* v = projected + offsets.v_start + g * offsets.kv_stride;
       rotate_head(v, (const T*)nullptr, (const T*)nullptr, 0, heads.head_dim,
                   static_cast<T*>(cache.values.data) + at);
@@ -230,7 +262,12 @@ static void fold_chunk(const T* keys, const T* values, int64_t stride, const int
   float scores[kChunk + kLanes];
   score_keys(keys, stride, list, bias, n, q, dim, scores);
   float top = state->top;
-  for (int64_t j = 0; j < n; ++j) top = scores[j] > top ? scores[j] : top;
+  bool dead = true;  // nothing but -inf, which weighs nothing
+  for (int64_t j = 0; j < n; ++j) {
+    top = scores[j] > top ? scores[j] : top;
+    dead &= scores[j] == -__builtin_inff();
+  }
+  if (dead) return;
   F total = zero();
   for (int64_t j = n; j < pad_lanes(n); ++j) scores[j] = -__builtin_inff();
   for (int64_t j = 0; j < n; j += kLanes) {
@@ -254,7 +291,7 @@ static void attend_query(const Attention<T, Q>& a, int64_t b, int64_t i, int64_t
   const int64_t g = h / a.group(), dim = a.heads.head_dim;
   a.query(b, i, h, q);
   state->clear(pad_lanes(dim));
-  if (end > a.limit(i)) end = a.limit(i);
+  if (end > a.limit(b, i)) end = a.limit(b, i);
   const bool masked = a.call.mask.kind != HFF_MASK_NONE;
   for (int64_t j = begin; j < end; j += kChunk) {
     const int64_t stop = end - j < kChunk ? end : j + kChunk;

@@ -18,7 +18,7 @@
 namespace hff {
 namespace HFF_ISA {
 
-// Scratch of a call; private pieces are per thread. Sizes: rows <= HFF_MAX_ROWS.
+// Scratch of a call; private pieces are per thread. Sizes: rows <= kFewRows.
 template <class T>
 struct LayerScratch {
   float* x;                  // (rows, hidden)
@@ -57,7 +57,7 @@ struct LayerPass {
       : call(c),
         block(l),
         scratch(s),
-        attention(c, l.heads, cache, s.qkv, l.qkv.rows),
+        attention(c, l.heads, &cache, s.qkv, l.qkv.rows),
         counters(s.counters + layer * kPhases * c.threads),
         merged(s.merged + layer * s.merged_stride),
         barrier(b),

@@ -1,13 +1,10 @@
-// The entry points of one instruction set: scratch, team, and the loop over layers. decode: x =
-//   embedding[ids]; x = layer(x) for every layer; h = final_norm(x); logits = head(h), in one team
-//   run.
+// Few rows: a layer, or a whole token in one team run.
+//   x = embedding[ids]; x = layer(x) for every layer; h = final_norm(x); logits = head(h)
 // hidden is h rounded to the model dtype; logits are rounded once, at the store. Cache lengths move
 //   after everything else.
 
 namespace hff {
 namespace HFF_ISA {
-
-HFF_INLINE int64_t rows_of(const hff_call& call) { return call.batch * call.queries; }
 
 template <class T>
 static LayerScratch<T> carve(Arena* arena, const hff_call& call, const hff_block* blocks,
@@ -87,7 +84,7 @@ struct BlockRun {
 };
 
 template <class T>
-static hff_status block_call(const hff_call& call, const hff_block& block, const hff_cache& cache,
+static hff_status block_of_few(const hff_call& call, const hff_block& block, const hff_cache& cache,
                              const hff_block_io& io) {
   LayerScratch<T> scratch;
   const bool had =
@@ -107,12 +104,60 @@ static hff_status block_call(const hff_call& call, const hff_block& block, const
 
 // ---- a whole token ------------------------------------------------------------------------------
 
+// One row through the final norm, or as it is where there is none.
+template <class T, class Y>
+static void final_norm_row(const hff_model& model, const float* x, Y* y) {
+  const hff_norm& n = model.final_norm;
+  if (n.weight.data != nullptr) {
+    return norm_row(x, static_cast<const T*>(n.weight.data), static_cast<const T*>(n.bias.data),
+                    n.kind, n.eps, model.hidden, y);
+  }
+  for (int64_t k = 0; k < model.hidden; k += kLanes)
+    store_n(load_n(x + k, model.hidden - k), y + k, model.hidden - k);
+}
+
+// Which row of the head's input a row of the call is; -1: none.
+HFF_INLINE int64_t kept_row(const hff_call& call, const hff_model_io& io, int64_t row) {
+  if (io.logits.data == nullptr) return -1;
+  const int64_t i = row % call.queries - (call.queries - io.keep);
+  return i < 0 ? -1 : row / call.queries * io.keep + i;
+}
+
+// Row r of the embedding, or of the caller's x.
+template <class T>
+static void embed_row(const hff_call& call, const hff_model& model, const hff_model_io& io,
+                      int64_t r, float* x) {
+  if (io.ids.data == nullptr)
+    return widen_row(static_cast<const T*>(io.x.data) + r * model.hidden, model.hidden, x);
+  const int64_t id = static_cast<const int64_t*>(
+      io.ids.data)[r / call.queries * io.id_batch_stride + r % call.queries * io.id_query_stride];
+  widen_row(static_cast<const T*>(model.embedding.data) + id * model.hidden, model.hidden, x);
+}
+
+// Logits of `kept` rows of the head's input, weight rows shared over the team.
+template <class T>
+static void head_rows(const hff_model& model, const Operand<T>* last, int64_t kept,
+                      Counter* counters, int thread, int width, float* y, T* logits) {
+  const int64_t per_block = block_rows<T>(model.head.cols);
+  Shares blocks(counters, blocks_of(model.head.rows, per_block), thread, width);
+  for (int64_t i = blocks.take(); i >= 0; i = blocks.take()) {
+    const int64_t begin = i * per_block;
+    const int64_t end = begin + per_block < model.head.rows ? begin + per_block : model.head.rows;
+    gemv<T>(model.head, begin, end, last, model.hidden, kept, y, kMaxBlockRows);
+    for (int64_t r = 0; r < kept; ++r) {
+      float* values = y + r * kMaxBlockRows;
+      add_bias<T>(model.head, begin, end - begin, values);
+      narrow_row(values, end - begin, logits + r * model.head.rows + begin);
+    }
+  }
+}
+
 template <class T>
 struct DecodeRun {
   const hff_call& call;
   const hff_model& model;
   const hff_cache* caches;
-  const hff_decode_io& io;
+  const hff_model_io& io;
   LayerScratch<T> scratch;
   Operand<T>* last;  // (batch, keep, hidden): final norm, the head's input
   Barrier barrier;
@@ -127,63 +172,30 @@ struct DecodeRun {
     if (thread == 0) run.norm_out();
     if (run.io.logits.data == nullptr) return;
     run.barrier.wait();
-    run.head_logits(thread, width);
+    head_rows(run.model, run.last, run.call.batch * run.io.keep,
+              run.scratch.counters + run.model.block_count * kPhases * run.call.threads, thread,
+              width, run.scratch.block + thread * rows_of(run.call) * kMaxBlockRows,
+              static_cast<T*>(run.io.logits.data));
   }
 
   // h = final_norm(x), to `hidden` and, for the kept queries, to the head's input.
   void norm_out() const {
-    const T* weight = static_cast<const T*>(model.final_norm.weight.data);
-    const T* bias = static_cast<const T*>(model.final_norm.bias.data);
     T* hidden = static_cast<T*>(io.hidden.data);
     for (int64_t r = 0; r < rows_of(call); ++r) {
       const float* x = scratch.x + r * model.hidden;
-      const int64_t i = r % call.queries - (call.queries - io.keep);
-      if (hidden != nullptr) {
-        norm_row(x, weight, bias, model.final_norm.kind, model.final_norm.eps, model.hidden,
-                 hidden + r * model.hidden);
-      }
-      if (io.logits.data == nullptr || i < 0) continue;
-      Operand<T>* out = last + (r / call.queries * io.keep + i) * model.hidden;
-      norm_row(x, weight, bias, model.final_norm.kind, model.final_norm.eps, model.hidden, out);
+      if (hidden != nullptr) final_norm_row<T>(model, x, hidden + r * model.hidden);
+      const int64_t kept = kept_row(call, io, r);
+      if (kept < 0) continue;
+      Operand<T>* out = last + kept * model.hidden;
+      final_norm_row<T>(model, x, out);
       if constexpr (sizeof(Operand<T>) != sizeof(T)) to_operand<T>(out, model.hidden, out);
-    }
-  }
-
-  void head_logits(int thread, int width) const {
-    const int64_t kept = call.batch * io.keep, per_block = block_rows<T>(model.head.cols);
-    Shares blocks(scratch.counters + model.block_count * kPhases * call.threads,
-                  blocks_of(model.head.rows, per_block), thread, width);
-    float* y = scratch.block + thread * rows_of(call) * kMaxBlockRows;
-    for (int64_t i = blocks.take(); i >= 0; i = blocks.take()) {
-      const int64_t begin = i * per_block;
-      const int64_t end = begin + per_block < model.head.rows ? begin + per_block : model.head.rows;
-      gemv<T>(model.head, begin, end, last, model.hidden, kept, y, kMaxBlockRows);
-      for (int64_t r = 0; r < kept; ++r) {
-        float* values = y + r * kMaxBlockRows;
-        add_bias<T>(model.head, begin, end - begin, values);
-        narrow_row(values, end - begin,
-                   static_cast<T*>(io.logits.data) + r * model.head.rows + begin);
-      }
     }
   }
 };
 
 template <class T>
-static void embed(const hff_call& call, const hff_model& model, const hff_decode_io& io, float* x) {
-  if (io.ids.data == nullptr)
-    return widen_row(static_cast<const T*>(io.x.data), rows_of(call) * model.hidden, x);
-  const int64_t* ids = static_cast<const int64_t*>(io.ids.data);
-  for (int64_t r = 0; r < rows_of(call); ++r) {
-    const int64_t id =
-        ids[r / call.queries * io.id_batch_stride + r % call.queries * io.id_query_stride];
-    widen_row(static_cast<const T*>(model.embedding.data) + id * model.hidden, model.hidden,
-              x + r * model.hidden);
-  }
-}
-
-template <class T>
-static hff_status decode_call(const hff_call& call, const hff_model& model, const hff_cache* caches,
-                              const hff_decode_io& io) {
+static hff_status model_of_few(const hff_call& call, const hff_model& model, const hff_cache* caches,
+                              const hff_model_io& io) {
   LayerScratch<T> scratch;
   Operand<T>* last = nullptr;
   const bool had = with_scratch([&](Arena* a) {
@@ -191,133 +203,11 @@ static hff_status decode_call(const hff_call& call, const hff_model& model, cons
     last = a->take<Operand<T>>(Size(rows_of(call)) * Size(model.hidden));
   });
   if (!had) return fail(HFF_OUT_OF_MEMORY, "no memory for the scratch of a decode step");
-  embed<T>(call, model, io, scratch.x);
+  for (int64_t r = 0; r < rows_of(call); ++r)
+    embed_row<T>(call, model, io, r, scratch.x + r * model.hidden);
   DecodeRun<T> run{call, model, caches, io, scratch, last, {}};
   run_on_team(call.threads, DecodeRun<T>::work, &run, &run.barrier);
   for (int64_t l = 0; l < model.block_count; ++l) *caches[l].length += call.queries;
-  return HFF_OK;
-}
-
-// ---- attention of many rows ---------------------------------------------------------------------
-
-template <class T>
-struct FlashRun {
-  Attention<T, T> attention;
-  float* scratch;
-  Counter* counters;
-  T* out;
-  Barrier barrier;
-
-  static void work(void* self, int thread, int) {
-    FlashRun& run = *static_cast<FlashRun*>(self);
-    const Attention<T, T>& a = run.attention;
-    const int64_t tiles = (a.call.queries + kQueries - 1) / kQueries, kv_heads = a.heads.kv_heads;
-    for (int64_t u = run.counters[0].take(); u < a.call.batch * kv_heads * tiles;
-         u = run.counters[0].take()) {
-      const int64_t begin = u % tiles * kQueries, end = begin + kQueries;
-      a.append(u / tiles / kv_heads, u / tiles % kv_heads, begin,
-               end < a.call.queries ? end : a.call.queries);
-    }
-    run.barrier.wait();
-    const int64_t heads = a.heads.heads, pairs = a.call.batch * heads, dim = a.heads.head_dim;
-    const FlashScratch scratch(run.scratch + thread * FlashScratch::floats(dim), dim);
-    for (int64_t u = run.counters[1].take(); u < pairs * tiles; u = run.counters[1].take()) {
-      const int64_t first = (tiles - 1 - u / pairs) * kQueries, left = a.call.queries - first;
-      flash_unit(a, u % pairs / heads, u % heads, first, left < kQueries ? left : kQueries, scratch,
-                 run.out);
-    }
-  }
-};
-
-template <class T>
-static hff_status attention_call(const hff_call& call, const hff_heads& heads,
-                                 const hff_cache& cache, const hff_attention_io& io) {
-  float* scratch = nullptr;
-  Counter* counters = nullptr;
-  const bool had = with_scratch([&](Arena* a) {
-    scratch = a->take<float>(Size(call.threads) * Size(FlashScratch::floats(heads.head_dim)));
-    counters = a->take<Counter>(2);
-  });
-  if (!had) return fail(HFF_OUT_OF_MEMORY, "no memory for the scratch of an attention");
-  for (int i = 0; i < 2; ++i) new (counters + i) Counter;
-  FlashRun<T> run{{call, heads, cache, static_cast<const T*>(io.qkv.data), io.qkv_row_stride},
-                  scratch,
-                  counters,
-                  static_cast<T*>(io.out.data),
-                  {}};
-  run_on_team(call.threads, FlashRun<T>::work, &run, &run.barrier);
-  *cache.length += call.queries;
-  return HFF_OK;
-}
-
-// ---- single operations --------------------------------------------------------------------------
-
-template <class T>
-struct LinearRun {
-  const hff_linear& linear;
-  const hff_linear_io& io;
-  const Operand<T>* x;
-  float* buffers;     // (threads, HFF_MAX_ROWS, kMaxBlockRows)
-  Counter* counters;  // (threads)
-
-  static void work(void* self, int thread, int width) {
-    const LinearRun& run = *static_cast<LinearRun*>(self);
-    const hff_linear& l = run.linear;
-    const int64_t per_block = block_rows<T>(l.cols);
-    float* y = run.buffers + thread * HFF_MAX_ROWS * kMaxBlockRows;
-    Shares blocks(run.counters, blocks_of(l.rows, per_block), thread, width);
-    for (int64_t i = blocks.take(); i >= 0; i = blocks.take()) {
-      const int64_t begin = i * per_block,
-                    end = begin + per_block < l.rows ? begin + per_block : l.rows;
-      for (int64_t row = 0; row < run.io.rows; row += HFF_MAX_ROWS) {
-        const int64_t rows = run.io.rows - row < HFF_MAX_ROWS ? run.io.rows - row : HFF_MAX_ROWS;
-        gemv<T>(l, begin, end, run.x + row * l.cols, l.cols, rows, y, kMaxBlockRows);
-        for (int64_t r = 0; r < rows; ++r)
-          run.finish_row(begin, end - begin, y + r * kMaxBlockRows, row + r);
-      }
-    }
-  }
-  void finish_row(int64_t begin, int64_t n, float* values, int64_t row) const {
-    add_bias<T>(linear, begin, n, values);
-    T* out = static_cast<T*>(io.out.data) + row * linear.rows + begin;
-    for (int64_t i = 0; i < n; i += kLanes) {
-      const int64_t left = n - i < kLanes ? n - i : kLanes;
-      store_n(activate(load_n(values + i, left), io.activation), out + i, left);
-    }
-  }
-};
-
-template <class T>
-static hff_status linear_call(const hff_linear& linear, const hff_linear_io& io) {
-  Operand<T>* copy = nullptr;
-  float* buffers = nullptr;
-  Counter* counters = nullptr;
-  const bool convert = sizeof(Operand<T>) != sizeof(T);
-  const Size size = Size(io.rows) * Size(linear.cols);
-  const bool had = with_scratch([&](Arena* a) {
-    copy = a->take<Operand<T>>(convert ? size : Size(0));
-    buffers = a->take<float>(Size(io.threads) * Size(HFF_MAX_ROWS) * Size(kMaxBlockRows));
-    counters = a->take<Counter>(io.threads);
-  });
-  if (!had) return fail(HFF_OUT_OF_MEMORY, "no memory for the scratch of a linear");
-  for (int i = 0; i < io.threads; ++i) new (counters + i) Counter;
-  const Operand<T>* x = static_cast<const Operand<T>*>(io.x.data);
-  if constexpr (sizeof(Operand<T>) != sizeof(T)) {
-    widen_row(static_cast<const T*>(io.x.data), size.value(), copy);
-    x = copy;
-  }
-  LinearRun<T> run{linear, io, x, buffers, counters};
-  run_on_team(io.threads, LinearRun<T>::work, &run);
-  return HFF_OK;
-}
-
-template <class T>
-static hff_status norm_call(const hff_norm& norm, const hff_norm_io& io) {
-  for (int64_t r = 0; r < io.rows; ++r) {
-    norm_row(static_cast<const T*>(io.x.data) + r * io.hidden,
-             static_cast<const T*>(norm.weight.data), static_cast<const T*>(norm.bias.data),
-             norm.kind, norm.eps, io.hidden, static_cast<T*>(io.out.data) + r * io.hidden);
-  }
   return HFF_OK;
 }
 

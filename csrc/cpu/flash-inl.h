@@ -11,12 +11,13 @@
 // Bytes from memory: K and V once per kQueries rows. Bound: fp32 FMA.
 // Rounding: as in attention-inl.h; context is rounded once, at the store to the model dtype.
 // Masked keys: their score is replaced, not biased, and a value panel holding NaN or Inf is summed
-//   key by key, skipping weight 0, so that nothing behind a mask leaks.
+//   key by key without them, so that nothing behind a mask leaks.
 
 namespace hff {
 namespace HFF_ISA {
 
 constexpr int64_t kQueries = 128;
+static_assert(kChunk == 64, "a chunk's hidden keys are bits of a word");
 #if defined(__AVX512F__)
 constexpr int kVectors = 4;  // 4 x 4 accumulators of 32 registers
 #else
@@ -25,9 +26,10 @@ constexpr int kVectors = 2;  // 4 x 2 of 16
 
 struct FlashScratch {
   float *queries, *context, *scores, *keys, *values, *top, *total;
+  uint64_t* hidden;  // a bit for each key of the chunk that a query may not see
   static int64_t floats(int64_t dim) {
     const int64_t padded = pad_lanes(dim);
-    return (2 * kQueries + 2 * kChunk) * padded + kQueries * kChunk + 2 * kQueries;
+    return (2 * kQueries + 2 * kChunk) * padded + kQueries * kChunk + 4 * kQueries;
   }
   FlashScratch(float* p, int64_t dim) {
     const int64_t padded = pad_lanes(dim);
@@ -38,6 +40,7 @@ struct FlashScratch {
     values = keys + kChunk * padded;    // (kChunk, padded head_dim)
     top = values + kChunk * padded;
     total = top + kQueries;
+    hidden = reinterpret_cast<uint64_t*>(total + kQueries);
   }
 };
 
@@ -101,45 +104,50 @@ static void multiply(const float* a, int64_t rows, int64_t a_stride, const float
 template <class T, class Q>
 static bool load_panels(const Attention<T, Q>& a, int64_t b, int64_t g, int64_t j, int64_t n,
                         FlashScratch* s) {
-  const int64_t dim = a.heads.head_dim, padded = pad_lanes(dim);
+  const int64_t dim = a.heads.head_dim, padded = pad_lanes(dim), at = a.cached(b, g, j);
+  const T* keys = static_cast<const T*>(a.cache.keys.data) + at;
+  const T* values = static_cast<const T*>(a.cache.values.data) + at;
+  const int64_t stride = a.cache.token_stride;
   F poison = zero();
-  for (int64_t u = 0; u < kChunk; ++u) {
-    if (u >= n) {
-      for (int64_t d = 0; d < dim; ++d) s->keys[d * kChunk + u] = 0.0f;
-      for (int64_t d = 0; d < padded; d += kLanes) store(zero(), s->values + u * padded + d);
-      continue;
-    }
-    const int64_t at = a.cached(b, g, j + u);
-    const T* key = static_cast<const T*>(a.cache.keys.data) + at;
-    const T* value = static_cast<const T*>(a.cache.values.data) + at;
+  for (int64_t u = 0; u < kChunk; u += kLanes) {
     for (int64_t d = 0; d < dim; d += kLanes) {
       const int64_t left = dim - d < kLanes ? dim - d : kLanes;
-      float lanes[kLanes];
-      store(load_n(key + d, left), lanes);
-      for (int64_t e = 0; e < left; ++e) s->keys[(d + e) * kChunk + u] = lanes[e];
-      const F v = load_n(value + d, left);
-      poison = fma(v, zero(), poison);
-      store(v, s->values + u * padded + d);
+      Words w[kLanes];
+      for (int64_t r = 0; r < kLanes; ++r) {
+        const bool present = u + r < n;
+        w[r] = present ? words_of(load_n(keys + (u + r) * stride + d, left)) : no_words();
+        const F value = present ? load_n(values + (u + r) * stride + d, left) : zero();
+        poison = fma(value, zero(), poison);
+        store(value, s->values + (u + r) * padded + d);
+      }
+      transpose(w);
+      for (int64_t e = 0; e < left; ++e) store_words(w[e], s->keys + (d + e) * kChunk + u);
     }
   }
   return sum(poison) == 0.0f;
 }
 
-// Hides what query i may not see of keys [j, j + n): score -inf.
+// Hides what query i may not see of keys [j, j + n): score -inf, and its bit in the result.
 template <class T, class Q>
-static void hide(const Attention<T, Q>& a, int64_t b, int64_t i, int64_t j, int64_t n,
-                 float* scores) {
-  int64_t end = a.limit(i) - j;
+static uint64_t hide(const Attention<T, Q>& a, int64_t b, int64_t i, int64_t j, int64_t n,
+                     float* scores) {
+  int64_t end = a.limit(b, i) - j;
   end = end < 0 ? 0 : end > n ? n : end;
   for (int64_t u = end; u < kChunk; ++u) scores[u] = -__builtin_inff();
-  if (a.call.mask.kind == HFF_MASK_NONE || end == 0) return;
+  uint64_t seen = end == 0 ? 0 : ~uint64_t{0} >> (kChunk - end);
+  if (a.call.mask.kind == HFF_MASK_NONE || end == 0) return ~seen;
   int32_t list[kChunk];
   float bias[kChunk], kept[kChunk];
-  const int64_t seen = visible_keys<T>(a.call.mask, b, i, j, j + end, list, bias);
-  if (seen == end && a.call.mask.kind != HFF_MASK_ADDITIVE) return;
+  const int64_t count = visible_keys<T>(a.call.mask, b, i, j, j + end, list, bias);
+  if (count == end && a.call.mask.kind != HFF_MASK_ADDITIVE) return ~seen;
   for (int64_t u = 0; u < end; ++u) kept[u] = -__builtin_inff();
-  for (int64_t u = 0; u < seen; ++u) kept[list[u]] = scores[list[u]] + bias[u];
+  seen = 0;
+  for (int64_t u = 0; u < count; ++u) {
+    kept[list[u]] = scores[list[u]] + bias[u];
+    seen |= uint64_t{1} << list[u];
+  }
   for (int64_t u = 0; u < end; ++u) scores[u] = kept[u];
+  return ~seen;
 }
 
 // Turns one row of scores into weights and rescales its context: the online softmax step.
@@ -174,12 +182,12 @@ HFF_INLINE void soften(float* scores, float* top, float* total, float* context, 
   *total += sum(added);
 }
 
-// context += weights values where a value may be NaN or Inf: weight 0 contributes nothing.
+// context += weights values where a value may be NaN or Inf: hidden keys contribute nothing.
 static void add_values_guarded(const FlashScratch& s, int64_t rows, int64_t n, int64_t padded) {
   for (int64_t r = 0; r < rows; ++r) {
     for (int64_t u = 0; u < n; ++u) {
+      if (s.hidden[r] >> u & 1) continue;
       const float weight = s.scores[r * kChunk + u];
-      if (weight == 0.0f) continue;
       for (int64_t d = 0; d < padded; d += kLanes) {
         float* at = s.context + r * padded + d;
         store(fma(set1(weight), load(s.values + u * padded + d), load(at)), at);
@@ -188,10 +196,10 @@ static void add_values_guarded(const FlashScratch& s, int64_t rows, int64_t n, i
   }
 }
 
-// Queries [first, first + rows) of head h, batch row b; out: (call rows, heads * head_dim).
-template <class T>
+// Queries [first, first + rows) of head h, batch row b, to sink(call row, column, n, values).
+template <class T, class Sink>
 static void flash_unit(const Attention<T, T>& a, int64_t b, int64_t h, int64_t first, int64_t rows,
-                       FlashScratch s, T* out) {
+                       FlashScratch s, Sink sink) {
   const int64_t dim = a.heads.head_dim, padded = pad_lanes(dim), g = h / a.group();
   for (int64_t r = 0; r < rows; ++r) {
     a.query(b, first + r, h, s.queries + r * padded);
@@ -199,15 +207,15 @@ static void flash_unit(const Attention<T, T>& a, int64_t b, int64_t h, int64_t f
     s.total[r] = 0.0f;
     for (int64_t d = 0; d < padded; d += kLanes) store(zero(), s.context + r * padded + d);
   }
-  const int64_t end = a.limit(first + rows - 1);
+  const int64_t end = a.limit(b, first + rows - 1);
   for (int64_t j = 0; j < end; j += kChunk) {
     const int64_t n = end - j < kChunk ? end - j : kChunk;
     const bool finite = load_panels(a, b, g, j, n, &s);
     multiply<false>(s.queries, rows, padded, s.keys, kChunk, dim, kChunk, s.scores, kChunk);
     const bool whole =
-        n == kChunk && a.limit(first) >= j + kChunk && a.call.mask.kind == HFF_MASK_NONE;
+        n == kChunk && a.limit(b, first) >= j + kChunk && a.call.mask.kind == HFF_MASK_NONE;
     for (int64_t r = 0; r < rows; ++r) {
-      if (!whole) hide(a, b, first + r, j, n, s.scores + r * kChunk);
+      s.hidden[r] = whole ? 0 : hide(a, b, first + r, j, n, s.scores + r * kChunk);
       soften(s.scores + r * kChunk, s.top + r, s.total + r, s.context + r * padded, padded);
     }
     if (finite) {
@@ -219,9 +227,9 @@ static void flash_unit(const Attention<T, T>& a, int64_t b, int64_t h, int64_t f
   for (int64_t r = 0; r < rows; ++r) {
     Softmax state{s.top[r], s.total[r], s.context + r * padded};
     finish(&state, dim);
-    T* to = out + ((b * a.call.queries + first + r) * a.heads.heads + h) * dim;
     for (int64_t d = 0; d < dim; d += kLanes) {
-      store_n(load(state.context + d), to + d, dim - d < kLanes ? dim - d : kLanes);
+      sink(a.row_index(b, first + r), h * dim + d, dim - d < kLanes ? dim - d : kLanes,
+           load(state.context + d));
     }
   }
 }

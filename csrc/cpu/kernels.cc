@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstring>
 #include <new>
+#include <type_traits>
 
 #include "backend.h"
 #include "cpu/arena.h"
@@ -17,6 +18,10 @@
 
 #include "cpu/gemv-inl.h"
 
+#include "cpu/pack-inl.h"
+
+#include "cpu/gemm-inl.h"
+
 #include "cpu/attention-inl.h"
 
 #include "cpu/flash-inl.h"
@@ -24,6 +29,12 @@
 #include "cpu/block-inl.h"
 
 #include "cpu/decode-inl.h"
+
+#include "cpu/gemm-block-inl.h"
+
+#include "cpu/forward-inl.h"
+
+#include "cpu/calls-inl.h"
 
 #include "cpu/stream-inl.h"
 
@@ -41,11 +52,11 @@ namespace HFF_ISA {
       return function<f16>(__VA_ARGS__);   \
   }
 
-static hff_status decode(const hff_call& call, const hff_model& model, const hff_cache* caches,
-                         const hff_decode_io& io) {
-  HFF_DISPATCH(call.dtype, decode_call, call, model, caches, io);
+static hff_status model(const hff_call& call, const hff_model& model, const hff_cache* caches,
+                        const hff_model_io& io) {
+  HFF_DISPATCH(call.dtype, model_call, call, model, caches, io);
 }
-static hff_status block(const hff_call& call, const hff_block& layer, const hff_cache& cache,
+static hff_status block(const hff_call& call, const hff_block& layer, const hff_cache* cache,
                         const hff_block_io& io) {
   HFF_DISPATCH(call.dtype, block_call, call, layer, cache, io);
 }
@@ -59,9 +70,20 @@ static hff_status linear(const hff_linear& layer, const hff_linear_io& io) {
 static hff_status norm(const hff_norm& layer, const hff_norm_io& io) {
   HFF_DISPATCH(io.dtype, norm_call, layer, io);
 }
+static int64_t packed_bytes(int32_t dtype, int32_t precision, int64_t rows, int64_t cols) {
+  HFF_DISPATCH(dtype, packed_bytes_of, precision, rows, cols);
+}
+static bool packed_fits(const hff_linear& layer, int32_t dtype, int32_t precision) {
+  HFF_DISPATCH(dtype, panels_fit, layer, precision);
+}
+static hff_status pack(const hff_linear& layer, int32_t dtype, int32_t precision, int32_t threads,
+                       void* out) {
+  HFF_DISPATCH(dtype, pack_weight, layer, precision, threads, out);
+}
 
 extern const Backend kBackend;
-const Backend kBackend = {decode, block, attention, linear, norm, read_stream};
+const Backend kBackend = {model,       block, attention,    linear, norm,
+                          packed_bytes, packed_fits, pack, read_stream};
 
 }  // namespace HFF_ISA
 }  // namespace hff

@@ -66,7 +66,7 @@ struct F {
   __m512 v;
 };
 HFF_INLINE __mmask16 first(int64_t n) {
-  return n >= 16 ? __mmask16(0xffff) : __mmask16((1u << n) - 1);
+  return n >= 16 ? __mmask16(0xffff) : n <= 0 ? __mmask16(0) : __mmask16((1u << n) - 1);
 }
 HFF_INLINE F zero() { return {_mm512_setzero_ps()}; }
 HFF_INLINE F set1(float x) { return {_mm512_set1_ps(x)}; }
@@ -242,12 +242,14 @@ HFF_INLINE void store(F a, T* p) {
 // Tails without masked memory operations go through a register-sized buffer.
 template <class T>
 HFF_INLINE F load_n(const T* p, int64_t n) {
+  if (n >= kLanes) return load(p);
   T buffer[kLanes] = {};
   for (int64_t i = 0; i < n && i < kLanes; ++i) buffer[i] = p[i];
   return load(buffer);
 }
 template <class T>
 HFF_INLINE void store_n(F a, T* p, int64_t n) {
+  if (n >= kLanes) return store(a, p);
   T buffer[kLanes];
   store(a, buffer);
   for (int64_t i = 0; i < n && i < kLanes; ++i) p[i] = buffer[i];

@@ -17,9 +17,7 @@
 extern "C" {
 #endif
 
-#define HFF_ABI_VERSION 1
-/* batch * queries of hff_block_forward and hff_decode: one pass over the weights */
-#define HFF_MAX_ROWS 16
+#define HFF_ABI_VERSION 2
 #define HFF_MAX_HEAD_DIM 256
 
 #if defined(_WIN32)
@@ -49,10 +47,14 @@ enum {
 };
 enum { HFF_NORM_LAYER = 0, HFF_NORM_RMS = 1 };
 /* parallel: y = mlp(norm2(x)) + attn(norm1(x)) + x; sequential: a = attn(norm1(x)) + x, y =
- * mlp(norm2(a)) + a */
-enum { HFF_RESIDUAL_PARALLEL = 0, HFF_RESIDUAL_SEQUENTIAL = 1 };
+ * mlp(norm2(a)) + a; post-norm: a = norm1(attn(x) + x), y = norm2(mlp(a) + a) */
+enum { HFF_RESIDUAL_PARALLEL = 0, HFF_RESIDUAL_SEQUENTIAL = 1, HFF_RESIDUAL_POST_NORM = 2 };
 /* rows of the fused projection: per head q|k|v (GPT-NeoX), or all q heads, all k, all v */
 enum { HFF_QKV_PER_HEAD = 0, HFF_QKV_STACKED = 1 };
+/* What matrix kernels may do with fp32, as torch.set_float32_matmul_precision names it. HIGHEST:
+ * fp32 products. HIGH: products of two bf16 parts where AMX makes them faster, relative error 2^-14
+ * or less. MEDIUM: bf16 products where the CPU has them. Without effect on bf16 and fp16. */
+enum { HFF_PRECISION_HIGHEST = 0, HFF_PRECISION_HIGH = 1, HFF_PRECISION_MEDIUM = 2 };
 /* ATTENTION: attn(norm1(x)); ATTENTION_UP: that, and act(up(norm2(.))); FULL: the whole layer */
 enum { HFF_STAGE_ATTENTION = 0, HFF_STAGE_ATTENTION_UP = 1, HFF_STAGE_FULL = 2 };
 /* BOOL: uint8, nonzero = attend; INT64: nonzero = attend; ADDITIVE: dtype of the call, added to the
@@ -73,6 +75,7 @@ typedef struct {
 typedef struct {
   hff_input weight;   /* (rows, cols), rows row_stride apart, elements of a row contiguous */
   hff_input bias;     /* (rows) or null */
+  hff_input packed;   /* the weight as hff_pack wrote it, or null: matrix kernels then pack as they go */
   int64_t rows, cols, row_stride;
 } hff_linear;
 
@@ -91,14 +94,15 @@ typedef struct {
   int32_t qkv_layout; /* HFF_QKV_* */
 } hff_heads;
 
-/* One transformer layer. qkv: (heads + 2 kv_heads) * head_dim rows; o: hidden rows, heads *
- * head_dim cols. */
+/* One transformer layer. qkv: (heads + 2 kv_heads) * head_dim rows, k and v null; or q's heads *
+ * head_dim rows, and k and v kv_heads * head_dim each (STACKED). o: hidden rows, heads * head_dim
+ * cols. */
 typedef struct {
   hff_heads heads;
   int64_t hidden, mlp_width;
   int32_t residual, activation;
   hff_norm attention_norm, mlp_norm;
-  hff_linear qkv, o, up, down;
+  hff_linear qkv, k, v, o, up, down;
 } hff_block;
 
 /* Keys and values of one layer: (batch, kv_heads, capacity, head_dim), both with these strides,
@@ -120,14 +124,18 @@ typedef struct {
   int32_t reserved;
 } hff_mask;
 
-/* What every forward call has. A row is (batch row, query): row = b * queries + i. */
+/* What every forward call has. A row is (batch row, query): row = b * queries + i, or, with starts,
+ * starts[b] + i. */
 typedef struct {
   uint64_t struct_size;
   int32_t dtype;      /* HFF_F32, HFF_BF16, HFF_F16 */
   int32_t threads;    /* width of the thread team, caller included; at least 1 */
   int64_t batch, queries;
   int32_t causal;     /* 1: query i sees keys 0 .. length + i; 0: all length + queries keys */
-  int32_t reserved;
+  int32_t precision;  /* HFF_PRECISION_* */
+  hff_input starts;   /* int64 (batch + 1), contiguous, from 0 to the number of rows: sequences of
+                       * starts[b + 1] - starts[b] rows, none longer than queries; without caches,
+                       * mask and RoPE only. Null: all of `queries` rows */
   hff_input positions; /* int64 (batch, queries), strides below; unused where rotary_dim is 0 */
   int64_t position_batch_stride, position_query_stride;
   hff_input cos, sin; /* (rope_rows, rotary_dim), contiguous, as the rotary module gives them */
@@ -152,13 +160,13 @@ typedef struct {
   hff_input embedding; /* (vocab, hidden) contiguous; null where the caller gives x */
   const hff_block* blocks;
   int64_t block_count;
-  hff_norm final_norm;
+  hff_norm final_norm; /* weight null: none */
   hff_linear head;    /* weight null: no head, hidden states only */
 } hff_model;
 
 /* ids: int64 (batch, queries), strides below, or null with x: (rows, hidden) contiguous.
  * logits: (batch, keep, head.rows) contiguous, the last `keep` queries of each batch row; null
- * without a head.
+ * without a head, and with starts.
  * hidden: (rows, hidden) contiguous, after the final norm; may be null where logits is given. */
 typedef struct {
   uint64_t struct_size;
@@ -167,7 +175,7 @@ typedef struct {
   hff_input x;
   hff_output logits, hidden;
   int64_t keep;
-} hff_decode_io;
+} hff_model_io;
 
 /* Projected q, k, v in, context out; RoPE is applied and k, v are appended to the cache on the way.
  * qkv: (rows, (heads + 2 kv_heads) * head_dim) with qkv_row_stride, laid out as heads.qkv_layout
@@ -186,7 +194,7 @@ typedef struct {
   int32_t dtype, threads;
   int64_t rows;
   int32_t activation;
-  int32_t reserved;
+  int32_t precision;
   hff_input x;
   hff_output out;
 } hff_linear_io;
@@ -200,16 +208,24 @@ typedef struct {
   hff_output out;
 } hff_norm_io;
 
-/* A whole token (or a few per batch row): embedding, layers, final norm, head. caches: block_count
- * of them. */
-HFF_API hff_status hff_decode(const hff_call*, const hff_model*, const hff_cache* caches,
-                              const hff_decode_io*);
+/* A whole model: embedding, layers, final norm, head, for any number of rows. caches: block_count of
+ * them, or null: then nothing is kept, and queries see the call's own keys. Few rows go through row
+ * kernels, one pass over the weights as they lie; many through matrix kernels. */
+HFF_API hff_status hff_model_forward(const hff_call*, const hff_model*, const hff_cache* caches,
+                              const hff_model_io*);
 HFF_API hff_status hff_block_forward(const hff_call*, const hff_block*, const hff_cache*,
                                      const hff_block_io*);
 HFF_API hff_status hff_attention_forward(const hff_call*, const hff_heads*, const hff_cache*,
                                          const hff_attention_io*);
 HFF_API hff_status hff_linear_forward(const hff_linear*, const hff_linear_io*);
 HFF_API hff_status hff_norm_forward(const hff_norm*, const hff_norm_io*);
+
+/* Bytes of a weight packed for the matrix kernels of the chosen instruction set, 0 where the
+ * arguments name none; and the packing, into 64-byte aligned memory. A call under another
+ * instruction set or at a precision that needs other panels refuses what was packed. */
+HFF_API int64_t hff_packed_bytes(int32_t dtype, int32_t precision, int64_t rows, int64_t cols);
+HFF_API hff_status hff_pack(const hff_linear*, int32_t dtype, int32_t precision, int32_t threads,
+                            const hff_output* packed);
 
 /* Adds `tokens` to the length of `count` caches, each once, or to none: HFF_OUT_OF_RANGE where one
  * has no room. For a caller that ran the layers of one pass by hff_attention_forward with lengths

@@ -1,0 +1,231 @@
+// C = A W^T for many rows, through panels (pack-inl.h): the matrix kernels of prefill and encoders.
+//   A: (rows, stride) in the product's input type, rounded to the model dtype as Hugging Face's
+//   Linear sees it; k past the end zero. W: (W rows, cols), model dtype. C: fp32 in registers, then
+//   through a tile buffer into the epilogue of the caller: bias, activation, residual, store.
+// Work split: a unit is a group of panels by a strip of A's rows (GemmUnits). It walks its rows in
+//   tiles of up to kTileRows and each tile through all panels of the group, so A comes from L2 once
+//   a group and the group stays in L2. A sum runs over k in order, fp32 products in pieces of
+//   kSumDepth: a row's bits depend neither on the other rows nor on threads.
+// Bound: multiply-adds. kTileRows by two vectors of sums leave registers for two weights and an
+//   input; each step is 2 kTileRows multiply-adds for kTileRows + 2 loads.
+// bf16 pairs: denormal inputs and products count as zero (vdpbf16ps, tdpbf16ps), as in oneDNN.
+
+namespace hff {
+namespace HFF_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kTileRows = 14;  // 28 sums, 2 weights, 1 input of 32 registers
+#elif defined(__AVX2__)
+constexpr int kTileRows = 6;  // 12, 2, 1 of 16
+#else
+constexpr int kTileRows = 2;  // 8, 4, 2 of 16, four floats each
+#endif
+constexpr int64_t kGroupBytes = 256 * 1024;  // panels of a group: a quarter of L2 or less
+constexpr int64_t kSumDepth = 128;    // fp32 products added up before they join the sum: the error of
+                                      // one chain of 768 is twice that
+constexpr int64_t kMaxTileRows = 32;         // of any product; rows of a tile buffer
+
+// Rows of A, and of the tile buffer.
+template <class P>
+struct Operands {
+  typename P::Input* data;
+  int64_t stride;
+  HFF_ALWAYS_INLINE typename P::Input* row(int64_t r) const { return data + r * stride; }
+};
+
+// Elements from one row of A to the next: whole vectors, and a line more, so that rows of 4 KB do
+// not share one set of L1.
+template <class P>
+HFF_INLINE int64_t operand_stride(int64_t cols) {
+  const int64_t whole = (cols + kTileDepth - 1) / kTileDepth * kTileDepth;
+  return P::kParts * whole + 64 / static_cast<int64_t>(sizeof(typename P::Input));
+}
+HFF_INLINE Size operand_rows(int64_t rows) {
+  const Size sum = Size(rows) + Size(kMaxTileRows - 1);
+  return sum.ok() ? Size(sum.value() / kMaxTileRows * kMaxTileRows) : sum;
+}
+
+// Stores n values, already rounded to T, as A[row][k .. k + n).
+template <class P>
+HFF_INLINE void store_input(F v, typename P::Input* row, int64_t k, int64_t n, int64_t cols) {
+  store_n(v, row + k, n);
+  if constexpr (P::kParts == 2) store_n(part_of(v, 1), row + P::padded(cols) + k, n);
+}
+// Zeros behind the cols values of a row.
+template <class P>
+HFF_INLINE void zero_tail(typename P::Input* row, int64_t cols) {
+  for (int64_t part = 0; part < P::kParts; ++part) {
+    for (int64_t k = cols; k < P::padded(cols); k += kLanes)
+      store_n(zero(), row + part * P::padded(cols) + k, P::padded(cols) - k);
+  }
+}
+// v rounded to T.
+template <class T>
+HFF_INLINE F rounded(F v) {
+  if constexpr (sizeof(T) == 4) return v;
+  T lanes[kLanes];
+  store(v, lanes);
+  return load(lanes);
+}
+
+// ---- one tile -----------------------------------------------------------------------------------
+
+// c[r][kPanel] = a[r] . panel, R rows.
+template <class P, int R>
+struct Tile;
+
+template <class T, int R>
+struct Tile<Plain<T>, R> {
+  HFF_INLINE void multiply(const float* a, int64_t stride, const T* panel, int64_t cols, float* c) {
+    for (int64_t begin = 0; begin < cols; begin += kSumDepth) {
+      const int64_t end = begin + kSumDepth < cols ? begin + kSumDepth : cols;
+      F sums[R][2];
+      for (int r = 0; r < R; ++r) sums[r][0] = sums[r][1] = zero();
+      for (int64_t k = begin; k < end; ++k) {
+        const F w0 = load(panel + k * kPanel), w1 = load(panel + k * kPanel + kLanes);
+        for (int r = 0; r < R; ++r) {
+          const F x = set1(a[r * stride + k]);
+          sums[r][0] = fma(w0, x, sums[r][0]);
+          sums[r][1] = fma(w1, x, sums[r][1]);
+        }
+      }
+      for (int r = 0; r < R; ++r) {
+        for (int v = 0; v < 2; ++v) {
+          float* at = c + r * kPanel + v * kLanes;
+          store(begin == 0 ? sums[r][v] : add(load(at), sums[r][v]), at);
+        }
+      }
+    }
+  }
+};
+
+#if defined(__AVX512BF16__)
+template <int R>
+struct Tile<Pairs, R> {
+  HFF_INLINE void multiply(const bf16* a, int64_t stride, const bf16* panel, int64_t cols,
+                           float* c) {
+    __m512 sums[R][2];
+    for (int r = 0; r < R; ++r) sums[r][0] = sums[r][1] = _mm512_setzero_ps();
+    for (int64_t k = 0; k < cols; k += 2) {
+      const __m512bh w0 = reinterpret_cast<__m512bh>(_mm512_loadu_si512(panel + k * kPanel));
+      const __m512bh w1 =
+          reinterpret_cast<__m512bh>(_mm512_loadu_si512(panel + k * kPanel + 2 * kLanes));
+      for (int r = 0; r < R; ++r) {
+        int32_t pair;
+        std::memcpy(&pair, a + r * stride + k, 4);
+        const __m512bh x = reinterpret_cast<__m512bh>(_mm512_set1_epi32(pair));
+        sums[r][0] = _mm512_dpbf16_ps(sums[r][0], w0, x);
+        sums[r][1] = _mm512_dpbf16_ps(sums[r][1], w1, x);
+      }
+    }
+    for (int r = 0; r < R; ++r) {
+      _mm512_storeu_ps(c + r * kPanel, sums[r][0]);
+      _mm512_storeu_ps(c + r * kPanel + kLanes, sums[r][1]);
+    }
+  }
+};
+#endif
+
+// The tile of `rows` rows, 1 to R.
+template <class P, int R>
+static void multiply_tile_of(int64_t rows, const typename P::Input* a, int64_t stride,
+                             const typename P::Element* panel, int64_t cols, float* c) {
+  if constexpr (R > 1) {
+    if (rows < R) return multiply_tile_of<P, R - 1>(rows, a, stride, panel, cols, c);
+  }
+  Tile<P, R>::multiply(a, stride, panel, cols, c);
+}
+
+template <class P>
+HFF_INLINE int64_t tile_rows() {
+  return kTileRows;
+}
+template <class P>
+HFF_INLINE void multiply_rows(int64_t rows, const typename P::Input* a, int64_t stride,
+                              const typename P::Element* panel, int64_t cols, float* c) {
+  multiply_tile_of<P, kTileRows>(rows, a, stride, panel, cols, c);
+}
+
+// ---- units --------------------------------------------------------------------------------------
+
+HFF_INLINE int64_t ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by; }
+
+// How one product is cut: `groups` of panels times `strips` of rows, all of nearly one size.
+struct GemmUnits {
+  int64_t rows, panels, groups, strips;
+
+  template <class P>
+  static GemmUnits of(const hff_linear& linear, int64_t rows, int64_t threads) {
+    GemmUnits u{rows, panels_of(linear.rows), 1, 1};
+    const int64_t bytes =
+        panel_elements<P>(linear.cols) * static_cast<int64_t>(sizeof(typename P::Element));
+    const int64_t most = kGroupBytes / bytes < 1 ? 1 : kGroupBytes / bytes;
+    const int64_t wanted = threads == 1 ? 1 : 4 * threads;  // units a thread may be left without
+    u.groups = ceil_div(u.panels, most);
+    if (u.groups < wanted) u.groups = wanted < u.panels ? wanted : u.panels;
+    u.groups = ceil_div(u.groups, threads) * threads;
+    if (u.groups > u.panels) u.groups = u.panels;
+    const int64_t tiles = ceil_div(rows, 2 * tile_rows<P>());
+    u.strips = ceil_div(wanted, u.groups);
+    if (u.strips > tiles) u.strips = tiles;
+    return u;
+  }
+  HFF_ALWAYS_INLINE int64_t count() const { return groups * strips; }
+};
+
+// Elements of the scratch in which a thread packs the group of any product of up to `cols` columns.
+template <class P>
+HFF_INLINE int64_t group_room(int64_t cols) {
+  const int64_t panel = panel_elements<P>(cols);
+  const int64_t group = kGroupBytes / static_cast<int64_t>(sizeof(typename P::Element));
+  return panel > group ? panel : group;
+}
+
+// Unit `index`: calls finish(row, rows, column, columns, c) for every tile, c[r][kPanel] in fp32.
+template <class T, class P, class Finish>
+static void gemm_unit(const hff_linear& linear, const GemmUnits& units, int64_t index,
+                      const Operands<P>& a, typename P::Element* scratch, Finish finish) {
+  const int64_t group = index / units.strips, strip = index % units.strips;
+  const int64_t begin = units.panels * group / units.groups;
+  const int64_t end = units.panels * (group + 1) / units.groups;
+  const int64_t first = units.rows * strip / units.strips;
+  const int64_t last = units.rows * (strip + 1) / units.strips;
+  const int64_t elements = panel_elements<P>(linear.cols);
+  const typename P::Element* panels = scratch;
+  if (linear.packed.data != nullptr) {
+    panels = reinterpret_cast<const typename P::Element*>(
+                 static_cast<const char*>(linear.packed.data) + kPackedHeader) +
+             begin * elements;
+  } else {
+    for (int64_t p = begin; p < end; ++p)
+      pack_panel<T, P>(linear, p, scratch + (p - begin) * elements);
+  }
+  alignas(64) float c[kMaxTileRows * kPanel];
+  const int64_t tiles = ceil_div(last - first, tile_rows<P>());
+  for (int64_t t = 0; t < tiles; ++t) {
+    const int64_t row = first + (last - first) * t / tiles;
+    const int64_t rows = first + (last - first) * (t + 1) / tiles - row;
+    for (int64_t p = begin; p < end; ++p) {
+      multiply_rows<P>(rows, a.row(row), a.stride, panels + (p - begin) * elements, linear.cols, c);
+      const int64_t column = p * kPanel, left = linear.rows - column;
+      finish(row, rows, column, left < kPanel ? left : kPanel, c);
+    }
+  }
+}
+
+// Calls sink(row, column, n, values) for the vectors of a tile, bias added and activated.
+template <class T, class Sink>
+HFF_INLINE void finish_tile(const hff_linear& linear, int32_t activation, int64_t row, int64_t rows,
+                            int64_t column, int64_t columns, const float* c, Sink sink) {
+  const T* bias = static_cast<const T*>(linear.bias.data);
+  for (int64_t j = 0; j < columns; j += kLanes) {
+    const int64_t n = columns - j < kLanes ? columns - j : kLanes;
+    const F b = bias != nullptr ? load_n(bias + column + j, n) : zero();
+    for (int64_t r = 0; r < rows; ++r) {
+      sink(row + r, column + j, n, activate(add(load(c + r * kPanel + j), b), activation));
+    }
+  }
+}
+
+}  // namespace HFF_ISA
+}  // namespace hff
