@@ -1,5 +1,7 @@
 // The boundary: every struct is proven against its own buffers before a back end sees it, and no
 // exception leaves. Nothing has been written when a call fails.
+#include <cstring>
+
 #include "abi_checks.h"
 
 namespace hff {
@@ -13,6 +15,24 @@ hff_status dispatch(Entry Backend::* entry, const Arguments&... arguments) {
   if (backend->*entry == nullptr)
     return fail(HFF_UNSUPPORTED, "%s has no kernel for this call", hff_isa());
   return (backend->*entry)(arguments...);
+}
+
+// Rows by line (phase + row) of theirs, each word mixed by a multiplication.
+uint64_t fingerprint(const hff_linear& l, int64_t size, int64_t phase, uint64_t sum) {
+  constexpr int64_t kLine = 64;
+  constexpr uint64_t kMix = 0x9e3779b97f4a7c15;
+  const int64_t bytes = l.cols * size, lines = (bytes - 1) / kLine + 1;
+  const char* rows = static_cast<const char*>(l.weight.data);
+  for (int64_t r = 0; r < l.rows; ++r) {
+    const int64_t at = (phase + r) % lines * kLine, left = bytes - at;
+    uint64_t words[kLine / 8] = {};
+    std::memcpy(words, rows + r * l.row_stride * size + at,
+                static_cast<size_t>(left < kLine ? left : kLine));
+    uint64_t line = 0;
+    for (const uint64_t word : words) line = (line ^ word) * kMix;
+    sum = (sum ^ line ^ line >> 32) * kMix;
+  }
+  return sum;
 }
 
 constexpr uint64_t kStructSizes[] = {
@@ -122,6 +142,18 @@ hff_status hff_pack(const hff_linear* linear, int32_t dtype, int32_t precision, 
               shown(linear->cols));
   HFF_TRY(check_buffer(packed->data, packed->bytes, Size(bytes), 1, 64, "packed"));
   return dispatch(&Backend::pack, *linear, dtype, precision, threads, packed->data);
+}
+
+uint64_t hff_fingerprint(const hff_linear* linears, int64_t count, int32_t dtype, int64_t phase) {
+  if (linears == nullptr || count < 0 || phase < 0 || check_dtype(dtype) != HFF_OK) return 0;
+  const int64_t size = element_bytes(dtype);
+  uint64_t sum = 1;
+  for (int64_t i = 0; i < count; ++i) {
+    const hff_linear& l = linears[i];
+    if (check_linear(l, l.rows, l.cols, size, "linear") != HFF_OK) return 0;
+    sum = fingerprint(l, size, phase, sum);
+  }
+  return sum;
 }
 
 hff_status hff_advance(const hff_cache* caches, int64_t count, int64_t tokens) {

@@ -142,6 +142,24 @@ def check_mask(mask, batch, queries, past, dtype, implementation, static) -> Non
     _checked.last = (weakref.ref(mask), version, past)
 
 
+def check_encoder_mask(mask, batch, length, dtype, implementation) -> None:
+    """Raises FusionError unless a mask is (batch|1, 1, length|1, length), bool or additive."""
+    check_dense("attention_mask", mask, 4)
+    rows, heads, queries, keys = mask.shape
+    if rows not in (1, batch) or heads != 1 or queries not in (1, length) or keys != length:
+        raise FusionError(
+            Reason.MASK,
+            f"attention_mask has shape {tuple(mask.shape)}, expected ({batch}, 1, {length}, "
+            f"{length})",
+        )
+    if mask.dtype != (torch.bool if implementation == "sdpa" else dtype) and mask.dtype != dtype:
+        raise FusionError(
+            Reason.MASK, f"attention_mask is {mask.dtype}, which {implementation} does not mask by"
+        )
+    if mask.dtype != torch.bool and bool(mask.isnan().any()):
+        raise FusionError(Reason.MASK, "attention_mask holds NaN")
+
+
 def check_rope(rope: Any, batch: int, queries: int, binding: LayerBinding) -> None:
     if type(rope) is not tuple or len(rope) != 2:
         raise FusionError(Reason.POSITIONS, "position_embeddings are not a tuple of cos and sin")

@@ -81,11 +81,13 @@ def watch_attention(watch: Watch, config: Any) -> str:
 class LayerBinding:
     """One layer bound to a back end: spec, tensors, the back end's block, and a watch."""
 
-    def __init__(self, family: Family, layer: nn.Module, backend: Any):
+    def __init__(
+        self, family: Family, layer: nn.Module, backend: Any, packed: bool | None = False
+    ):
         self.spec = family.to_spec(layer)
         self.tensors = family.tensors(layer)
         self.dtype = _check_tensors(self.tensors, tensor_shapes(self.spec))
-        self.cache_index = family.cache_index(layer)
+        self.cache_index = family.cache_index(layer) if family.cache_index is not None else 0
         if type(self.cache_index) is not int or self.cache_index < 0:
             raise FusionError(
                 Reason.STRUCTURE,
@@ -109,11 +111,16 @@ class LayerBinding:
         for tensor in self.tensors:
             watch.tensor(tensor)
         watch.compact()
-        self.block = backend.bind_block(self.spec, self.tensors)
+        self.block = backend.bind_block(self.spec, self.tensors, packed)
+        self.copied = getattr(self.block, "packed_bytes", 0) > 0
+
+    def intact(self) -> bool:
+        """Whether everything is still as it was bound, packed copies included."""
+        return self.watch.intact() and (not self.copied or self.block.fresh())
 
 
 class ModelBinding:
-    """A base model, with or without a head, bound to a back end.
+    """A base model, of a decoder with or without its head, bound to a back end.
 
     `layers` are the LayerBindings of its layers, `lm` the module with the head or None.
     """
@@ -132,30 +139,46 @@ class ModelBinding:
         self.dtype, self.hidden = first.dtype, first.spec.hidden
         self.kv_heads, self.head_dim = first.spec.attention.kv_heads, first.spec.attention.head_dim
         self.implementation = first.implementation
-        vocab = parts.embedding.weight.shape[0]
-        check_parameter("the embedding", parts.embedding.weight, (vocab, self.hidden), self.dtype)
-        for name in ("weight", "bias"):
-            tensor = getattr(parts.final_norm, name)
-            check_parameter(f"the final norm's {name}", tensor, (self.hidden,), self.dtype)
-        tensors = [parts.embedding.weight, parts.final_norm.weight, parts.final_norm.bias]
-        head = ()
-        if lm is not None:
-            linear = family.head(lm)
-            rows = linear.weight.shape[0]
-            check_parameter("the head's weight", linear.weight, (rows, self.hidden), self.dtype)
-            if linear.bias is not None:
-                check_parameter("the head's bias", linear.bias, (rows,), self.dtype)
-            head = (linear.weight, linear.bias)
-            watch.module("the head", linear)
-        for tensor in (*tensors, *head):
-            watch.tensor(tensor)
-        self._rotary(parts.rotary, first.spec.attention.rotary_dim)
-        self.rope = RopeTable(parts.rotary, self.dtype)
+        self.rope, self.frequencies = None, None
+        self.copied = [layer.block for layer in layers if layer.copied]
+        embedding, norm = self._embedding(), self._final_norm()
+        head = self._head(family, lm)
+        if parts.rotary is not None:
+            self._rotary(parts.rotary, first.spec.attention.rotary_dim)
+            self.rope = RopeTable(parts.rotary, self.dtype)
         watch.compact()
-        norm = (parts.final_norm_spec, parts.final_norm.weight, parts.final_norm.bias)
-        self.native = backend.bind_model(
-            [layer.block for layer in layers], parts.embedding.weight, norm, *(head or (None, None))
-        )
+        self.native = backend.bind_model([layer.block for layer in layers], embedding, norm, *head)
+
+    def _embedding(self) -> torch.Tensor | None:
+        if self.parts.embedding is None:
+            return None
+        weight = self.parts.embedding.weight
+        check_parameter("the embedding", weight, (weight.shape[0], self.hidden), self.dtype)
+        self.watch.tensor(weight)
+        return weight
+
+    def _final_norm(self) -> tuple | None:
+        norm = self.parts.final_norm
+        if norm is None:
+            return None
+        for name in ("weight", "bias"):
+            tensor = getattr(norm, name)
+            check_parameter(f"the final norm's {name}", tensor, (self.hidden,), self.dtype)
+            self.watch.tensor(tensor)
+        return self.parts.final_norm_spec, norm.weight, norm.bias
+
+    def _head(self, family: Family, lm: nn.Module | None) -> tuple:
+        if lm is None:
+            return None, None
+        linear = family.head(lm)
+        rows = linear.weight.shape[0]
+        check_parameter("the head's weight", linear.weight, (rows, self.hidden), self.dtype)
+        if linear.bias is not None:
+            check_parameter("the head's bias", linear.bias, (rows,), self.dtype)
+        self.watch.module("the head", linear)
+        self.watch.tensor(linear.weight)
+        self.watch.tensor(linear.bias)
+        return linear.weight, linear.bias
 
     def _outer(self, base: nn.Module, lm: nn.Module | None) -> None:
         """Watches the modules outside the layers; the called one's own hooks run outside of it."""
@@ -167,15 +190,17 @@ class ModelBinding:
             self._own_forward("the base model", base)
         watch.module("the base model", base, inner=False, hooks=lm is not None)
         for name, module in base._modules.items():
-            if module is not parts.layers:
+            if module is not parts.layers and name not in parts.called:
                 watch.module(name, module)
         watch.module("layers", parts.layers)
-        watch.entry(vars(parts.final_norm), "eps")
-        watch.entry(vars(parts.embedding), "max_norm")
+        if parts.final_norm is not None:
+            watch.entry(vars(parts.final_norm), "eps")
+        if parts.embedding is not None:
+            watch.entry(vars(parts.embedding), "max_norm")
 
     def _layers(self, layers: list) -> None:
         for index, (module, layer) in enumerate(zip(self.parts.layers, layers, strict=True)):
-            if layer.cache_index != index:
+            if self.parts.rotary is not None and layer.cache_index != index:
                 raise FusionError(
                     Reason.STRUCTURE, f"layer {index} fills layer {layer.cache_index} of the cache"
                 )
@@ -225,7 +250,9 @@ class ModelBinding:
 
     def intact(self) -> bool:
         """Whether everything is still as it was bound."""
-        if not self.watch.intact():
+        if not self.watch.intact() or not all(block.fresh() for block in self.copied):
             return False
+        if self.frequencies is None:
+            return True
         now, then = self.frequencies, self.bound_frequencies
         return now.dtype is then.dtype and torch.equal(now, then)

@@ -19,7 +19,13 @@ from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from .binding import LayerBinding, ModelBinding
-from .guard import check_environment, read_layer_call, read_model_call
+from .guard import (
+    check_environment,
+    read_encoder_call,
+    read_encoder_layer_call,
+    read_layer_call,
+    read_model_call,
+)
 from .outputs import builder
 from .reference import finish_attention, finish_up
 from .registry import Family
@@ -50,9 +56,18 @@ class State:
     """
 
     def __init__(
-        self, family: Family, fusion: str, name: str, strict: bool, backend, layer_backend, error
+        self,
+        family: Family,
+        fusion: str,
+        name: str,
+        strict: bool,
+        backend,
+        layer_backend,
+        error,
+        packed: bool | None = None,
     ):
         self.family, self.fusion, self.name, self.strict = family, fusion, name, strict
+        self.packed = packed
         self.backend, self.layer_backend, self.error = backend, layer_backend, error
         self.stats = Stats()
         renew_in_child(self, "lock", threading.RLock)
@@ -66,6 +81,7 @@ class State:
             self.backend,
             self.layer_backend,
             self.error,
+            self.packed,
         )
 
 
@@ -90,17 +106,14 @@ class Handle:
     def layer_binding(self, layer: nn.Module) -> LayerBinding:
         """The layer's binding, made again where needed; FusionError where it cannot be."""
         binding = self.binding
-        if binding is not None and binding.watch.intact():
+        if binding is not None and binding.intact():
             return binding
         with self.state.lock:
-            if (
-                self.binding is not binding
-                and self.binding is not None
-                and self.binding.watch.intact()
-            ):
+            if self.binding is not binding and self.binding is not None and self.binding.intact():
                 return self.binding  # another thread was faster
             self.binding = None
-            binding = LayerBinding(self.state.family, layer, self.state.layer_backend)
+            state = self.state
+            binding = LayerBinding(state.family, layer, state.layer_backend, state.packed)
             self.binding = binding
         return binding
 
@@ -153,6 +166,8 @@ def _run_model(handle: Handle, module: nn.Module, call: dict[str, Any]) -> Any:
     if module.training:
         raise FusionError(Reason.TRAINING, "the model is in training mode")
     binding = handle.model_binding(module)
+    if state.family.encoder is not None:
+        return _run_encoder(state, binding, module, call)
     ids, embeds, cache, slots, mask, positions, keep, rows = read_model_call(
         binding, call, vars(module.config)
     )
@@ -167,6 +182,14 @@ def _run_model(handle: Handle, module: nn.Module, call: dict[str, Any]) -> Any:
     return _base_output(hidden, cache) if logits is None else _causal_lm_output(logits, cache)
 
 
+def _run_encoder(state: State, binding: ModelBinding, module: nn.Module, call: dict) -> Any:
+    encoder = state.family.encoder
+    x, mask = read_encoder_call(binding, call, vars(module.config), encoder)
+    hidden = state.backend.encode(binding.native, x, mask)
+    _count(state, "encode")
+    return encoder.finish(module, hidden)
+
+
 def _run_layer(handle: Handle, layer: nn.Module, call: dict[str, Any]) -> torch.Tensor:
     """One layer, as far as the rung goes by the back end and the rest by torch."""
     state = handle.state
@@ -176,7 +199,10 @@ def _run_layer(handle: Handle, layer: nn.Module, call: dict[str, Any]) -> torch.
     if layer.training:
         raise FusionError(Reason.TRAINING, "the layer is in training mode")
     binding = handle.layer_binding(layer)
-    x, slot, mask, rope = read_layer_call(binding, call, state.family.cache_argument)
+    if state.family.encoder is not None:
+        x, slot, mask, rope = read_encoder_layer_call(binding, call)
+    else:
+        x, slot, mask, rope = read_layer_call(binding, call, state.family.cache_argument)
     if slot is not None:
         heads = binding.spec.attention
         slot.reserve(x.shape[0], heads.kv_heads, heads.head_dim, x.shape[1], binding.dtype)

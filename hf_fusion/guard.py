@@ -14,6 +14,8 @@ from transformers.cache_utils import DynamicCache
 
 from .arguments import (
     check_cache_position,
+    check_dense,
+    check_encoder_mask,
     check_gradients,
     check_hidden,
     check_ids,
@@ -23,6 +25,7 @@ from .arguments import (
     check_rope,
 )
 from .binding import LayerBinding, ModelBinding
+from .registry import EncoderCalls
 from .report import FusionError, Reason
 from .slots import StaticSlot, common_length, upgrade
 
@@ -150,6 +153,49 @@ def read_model_call(binding: ModelBinding, call: dict[str, Any], config: dict) -
     )
 
 
+class EncoderCall(NamedTuple):
+    """A call of a whole encoder that may run; mask None or (B, S)."""
+
+    x: torch.Tensor
+    mask: torch.Tensor | None
+
+
+_ENCODER_ARGUMENTS = {
+    "attention_mask", "return_dict", "output_attentions", "output_hidden_states", "is_causal",
+    "use_cache",
+}  # fmt: skip
+
+
+def read_encoder_call(
+    binding: ModelBinding, call: dict[str, Any], config: dict, encoder: EncoderCalls
+) -> EncoderCall:
+    """The call as a back end takes it, its embeddings made by the model's own module."""
+    known = _ENCODER_ARGUMENTS | set(encoder.arguments)
+    if not call.keys() <= known:
+        _check_unknown(call, known)
+    _check_outputs(call, vars(binding.config), causal=False)
+    return_dict = call.get("return_dict")
+    if not (config.get("return_dict", True) if return_dict is None else return_dict):
+        raise FusionError(Reason.RETURN_TUPLE, "a tuple is asked for in place of a model output")
+    mask = call.get("attention_mask")
+    if mask is not None:
+        check_dense("attention_mask", mask, 2)
+    if torch.is_grad_enabled():
+        check_gradients([*binding.base.parameters(), *call.values()])
+    if call.get(encoder.arguments[0]) is None and call.get("inputs_embeds") is None:
+        raise FusionError(Reason.INPUT, f"{encoder.arguments[0]} is None")
+    x = encoder.embed(binding.base, call)
+    x = check_hidden("the embeddings", x, binding.hidden, binding.dtype)
+    if mask is not None:
+        if tuple(mask.shape) != tuple(x.shape[:2]):
+            raise FusionError(
+                Reason.MASK,
+                f"attention_mask has shape {tuple(mask.shape)}, expected {tuple(x.shape[:2])}",
+            )
+        mask = mask if mask.dtype in (torch.int64, torch.bool) else mask != 0
+    return EncoderCall(x, mask)
+
+
 def _check_unknown(call: dict, known: set) -> None:
     for name in call.keys() - known:
         if call[name] is not None:
@@ -158,8 +204,8 @@ def _check_unknown(call: dict, known: set) -> None:
             )
 
 
-def _check_outputs(call: dict, config: dict) -> None:
-    """Refuses where attentions or hidden states are wanted, or attention is not causal."""
+def _check_outputs(call: dict, config: dict, causal: bool = True) -> None:
+    """Refuses where attentions or hidden states are wanted, or attention is not `causal`."""
     get = config.get
     attentions = call.get(
         "output_attentions", get("_output_attentions") or get("output_attentions")
@@ -167,8 +213,15 @@ def _check_outputs(call: dict, config: dict) -> None:
     hidden_states = call.get("output_hidden_states", get("output_hidden_states"))
     if attentions or hidden_states or captured_outputs():
         raise FusionError(Reason.OUTPUTS, "attentions or hidden states are asked for")
-    if call.get("is_causal", get("is_causal")) not in (None, True):
-        raise FusionError(Reason.NOT_CAUSAL, "is_causal is set to something else than True")
+    _check_causal(call.get("is_causal", get("is_causal")), causal)
+
+
+def _check_causal(given: Any, causal: bool) -> None:
+    if given not in (None, causal):
+        raise FusionError(
+            Reason.NOT_CAUSAL if causal else Reason.NOT_ENCODER,
+            f"is_causal is {given!r}, expected {causal}",
+        )
 
 
 class LayerCall(NamedTuple):
@@ -177,7 +230,7 @@ class LayerCall(NamedTuple):
     x: torch.Tensor
     slot: Any
     mask: torch.Tensor | None
-    rope: tuple[torch.Tensor, torch.Tensor]
+    rope: tuple[torch.Tensor, torch.Tensor] | None
 
 
 def read_layer_call(binding: LayerBinding, call: dict[str, Any], cache_argument: str) -> LayerCall:
@@ -188,11 +241,8 @@ def read_layer_call(binding: LayerBinding, call: dict[str, Any], cache_argument:
         _check_unknown(call, _LAYER_ARGUMENTS | {cache_argument})
     if get("output_attentions") or "attentions" in captured_outputs():
         raise FusionError(Reason.OUTPUTS, "attentions are asked for")
-    if get("is_causal") not in (None, True) or vars(binding.config).get("is_causal") not in (
-        None,
-        True,
-    ):
-        raise FusionError(Reason.NOT_CAUSAL, "is_causal is set to something else than True")
+    _check_causal(get("is_causal"), True)
+    _check_causal(vars(binding.config).get("is_causal"), True)
     x = check_hidden("hidden_states", get("hidden_states"), binding.spec.hidden, binding.dtype)
     mask, rope = get("attention_mask"), get("position_embeddings")
     batch, queries = x.shape[:2]
@@ -211,3 +261,21 @@ def read_layer_call(binding: LayerBinding, call: dict[str, Any], cache_argument:
             Reason.MASK, "attention_mask is None where that does not mean a causal mask"
         )
     return LayerCall(x, slot, mask, rope)
+
+
+def read_encoder_layer_call(binding: LayerBinding, call: dict[str, Any]) -> LayerCall:
+    """The call of an encoder's layer as a back end takes it; position_ids mean nothing to it."""
+    get = call.get
+    if not call.keys() <= _LAYER_ARGUMENTS:
+        _check_unknown(call, _LAYER_ARGUMENTS)
+    if get("output_attentions") or "attentions" in captured_outputs():
+        raise FusionError(Reason.OUTPUTS, "attentions are asked for")
+    _check_causal(get("is_causal"), False)
+    _check_causal(vars(binding.config).get("is_causal"), False)
+    x = check_hidden("hidden_states", get("hidden_states"), binding.spec.hidden, binding.dtype)
+    mask = get("attention_mask")
+    if torch.is_grad_enabled():
+        check_gradients([x, mask, *binding.tensors])
+    if mask is not None:
+        check_encoder_mask(mask, *x.shape[:2], binding.dtype, binding.implementation)
+    return LayerCall(x, None, mask, None)

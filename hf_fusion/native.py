@@ -238,6 +238,7 @@ _SIGNATURES = {
     "hff_norm_forward": (c_int32, [POINTER(Norm), POINTER(NormIo)]),
     "hff_packed_bytes": (c_int64, [c_int32, c_int32, c_int64, c_int64]),
     "hff_pack": (c_int32, [POINTER(Linear), c_int32, c_int32, c_int32, POINTER(Buffer)]),
+    "hff_fingerprint": (c_uint64, [POINTER(Linear), c_int64, c_int32, c_int64]),
     "hff_advance": (c_int32, [POINTER(Cache), c_int64, c_int64]),
     "hff_abi_version": (c_int32, []),
     "hff_struct_size": (c_uint64, [c_int32]),

@@ -31,7 +31,11 @@ _PASSING = {
 
 
 def patch(
-    model: nn.Module, fusion: str = "full", backend: str = "auto", strict: bool = False
+    model: nn.Module,
+    fusion: str = "full",
+    backend: str = "auto",
+    strict: bool = False,
+    packed: bool | None = None,
 ) -> Report:
     """Makes this model instance run fused, in place; returns what was done, layer by layer.
 
@@ -39,6 +43,10 @@ def patch(
     operations), "attention", "attention+up", "full". backend: "auto", "cpu", "cuda", "reference".
     Weights are bound at the first call, so the model may still be moved, cast or loaded. A patched
     model is patched again with the options given.
+
+    packed: whether matrix kernels, which run encoders and prompts, read copies of the weights in
+    the order they need (`Report.packed_bytes`; made again when weights change), or the weights as
+    they lie, without a copy. None leaves it to the back end.
 
     Raises FusionError for an unknown option or an absent back end and, with strict or
     HF_FUSION_STRICT=1, for a model that would run stock; strict forwards raise where they would
@@ -64,7 +72,11 @@ def patch(
         return Report(name, None, fusion, backend, reason=error.reason, detail=error.message)
     layer_backend = ReferenceBackend() if fusion == "decomposed" else resolved.backend
     failure = None if fusion in ("none", "decomposed") else resolved.error
-    state = State(family, fusion, backend, strict, resolved.backend, layer_backend, failure)
+    if packed not in (None, True, False):
+        raise FusionError(
+            Reason.ARGUMENT, f"packed is {packed!r}, expected True, False or None"
+        )
+    state = State(family, fusion, backend, strict, resolved.backend, layer_backend, failure, packed)
     report = _examine(model, state)
     if strict:
         _insist(report)
@@ -102,12 +114,16 @@ def unpatch(model: nn.Module) -> None:
 
 @contextmanager
 def patched(
-    model: nn.Module, fusion: str = "full", backend: str = "auto", strict: bool = False
+    model: nn.Module,
+    fusion: str = "full",
+    backend: str = "auto",
+    strict: bool = False,
+    packed: bool | None = None,
 ) -> Iterator[Report]:
     """`patch` for a with statement; what was there before is there again afterwards."""
     handle = vars(model).get(KEY)
     before = handle.state if type(handle) is Handle else None
-    report = patch(model, fusion, backend, strict)
+    report = patch(model, fusion, backend, strict, packed)
     try:
         yield report
     finally:
@@ -171,6 +187,11 @@ def _examine(model: nn.Module, state: State) -> Report:
         ]
         for name, layer in layers:
             error = state.error or _layer_error(family, layer, backend)
+            if error is None and backend is not None and state.fusion != "none":
+                dtype = family.tensors(layer).qkv_weight.dtype
+                report.packed_bytes += backend.packed_bytes(
+                    family.to_spec(layer), dtype, state.packed
+                )
             report.layers.append(
                 LayerReport(
                     index=len(report.layers),

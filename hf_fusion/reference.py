@@ -3,11 +3,13 @@
 Formulas, for x (B, q, hidden) in the model's dtype:
   norm: torch.nn.functional.layer_norm, or x / rms(x) in fp32, cast, times weight
   q, k, v = split(norm1(x) Wqkv^T + b); RoPE on the leading rotary_dim of q and k, cos and sin in
-  the model's dtype attn = (softmax(q k^T * scale + mask, in fp32) cast to the model's dtype) v,
-  merged over heads, Wo^T + b
+  the model's dtype
+  attn(x) = (softmax(q k^T * scale + mask, in fp32) cast to the model's dtype) v, merged over heads,
+  Wo^T + b
   mlp(h) = act(norm2(h) Wup^T + b) Wdown^T + b
   parallel: y = mlp(x) + attn + x; sequential: a = attn + x, y = mlp(a) + a
-Query i of a call sees the keys 0 .. past + i, as far as the mask allows.
+  post-norm: a = norm1(attn + x), y = norm2(mlp(a) + a), with neither norm inside attn and mlp
+Query i of a causal call sees the keys 0 .. past + i, as far as the mask allows; otherwise all.
 """
 
 from __future__ import annotations
@@ -41,8 +43,8 @@ class ReferenceModel(NamedTuple):
     """Layers with what comes before and after; `head_weight` None: hidden states only."""
 
     blocks: list[ReferenceBlock]
-    embedding: torch.Tensor  # (vocab, hidden)
-    final_norm: tuple  # (NormSpec, weight, bias)
+    embedding: torch.Tensor | None  # (vocab, hidden); None in an encoder
+    final_norm: tuple | None  # (NormSpec, weight, bias)
     head_weight: torch.Tensor | None  # (vocab, hidden)
     head_bias: torch.Tensor | None  # (vocab)
 
@@ -66,28 +68,35 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     return torch.cat((turned * cos + torch.cat((-high, low), dim=-1) * sin, rest), dim=-1)
 
 
-def split_qkv(
-    spec: BlockSpec, qkv: torch.Tensor
+def project_qkv(
+    spec: BlockSpec, t: BlockTensors, h: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """q (B, heads, q, head_dim), k and v (B, kv_heads, q, head_dim) from (B, q, qkv_width)."""
+    """q (B, heads, q, head_dim), k and v (B, kv_heads, q, head_dim) from h (B, q, hidden)."""
     heads = spec.attention
+    qkv = functional.linear(h, t.qkv_weight, t.qkv_bias)
     if heads.qkv_layout == QkvLayout.PER_HEAD:
         per_head = qkv.view(*qkv.shape[:2], heads.heads, 3 * heads.head_dim).transpose(1, 2)
         return per_head.chunk(3, dim=-1)
-    sizes = [heads.heads * heads.head_dim] + [heads.kv_heads * heads.head_dim] * 2
+    if heads.qkv_layout == QkvLayout.SEPARATE:
+        parts = (
+            qkv,
+            functional.linear(h, t.k_weight, t.k_bias),
+            functional.linear(h, t.v_weight, t.v_bias),
+        )
+    else:
+        parts = qkv.split([heads.width, heads.kv_width, heads.kv_width], dim=-1)
     return tuple(
-        part.view(*part.shape[:2], -1, heads.head_dim).transpose(1, 2)
-        for part in qkv.split(sizes, dim=-1)
+        part.view(*part.shape[:2], -1, heads.head_dim).transpose(1, 2) for part in parts
     )
 
 
 def scores_mask(
-    mask: torch.Tensor | None, queries: int, keys: int, dtype: torch.dtype
+    mask: torch.Tensor | None, queries: int, keys: int, dtype: torch.dtype, causal: bool = True
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """(allowed, bias): bool (B|1, 1, queries, keys), and what to add to the scores; or None."""
     past, bias = keys - queries, None
     allowed = None
-    if queries > 1:
+    if causal and queries > 1:
         allowed = torch.ones(queries, keys, dtype=torch.bool).tril(past)[None, None]
     if mask is not None and mask.dim() == 2:
         seen = (mask[:, :keys] != 0)[:, None, None, :]
@@ -106,7 +115,7 @@ def attend(
     groups = spec.attention.heads // spec.attention.kv_heads
     if groups > 1:
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-    allowed, bias = scores_mask(mask, q.shape[2], k.shape[2], q.dtype)
+    allowed, bias = scores_mask(mask, q.shape[2], k.shape[2], q.dtype, spec.attention.causal)
     scores = torch.matmul(q, k.transpose(2, 3)) * spec.attention.scale
     if bias is not None:
         scores = scores + bias
@@ -120,14 +129,19 @@ def attend(
 
 
 class ReferenceBackend:
-    """The four calls of a back end in plain torch; the formulas are those of the module."""
+    """The calls of a back end in plain torch; the formulas are those of the module."""
 
     name = "reference"
     isa = "torch"
-    max_rows = 1 << 62
 
-    def bind_block(self, spec: BlockSpec, tensors: BlockTensors) -> ReferenceBlock:
-        """Keeps spec and tensors together."""
+    def packed_bytes(self, spec: BlockSpec, dtype: torch.dtype, packed: bool | None) -> int:
+        """Bytes of the copies that `bind_block` would make: none."""
+        return 0
+
+    def bind_block(
+        self, spec: BlockSpec, tensors: BlockTensors, packed: bool | None = False
+    ) -> ReferenceBlock:
+        """Keeps spec and tensors together; there is nothing to pack."""
         return ReferenceBlock(spec, tensors)
 
     def bind_model(
@@ -143,14 +157,15 @@ class ReferenceBackend:
         succeeded.
 
         stage "attention": attention output (B, q, hidden). "attention+up": that, plus x with a
-        sequential residual, and the activated MLP (B, q, mlp width). "full": the layer's output
-        (B, q, hidden).
+        sequential residual, normed with post-norm, and the activated MLP (B, q, mlp width).
+        "full": the layer's output (B, q, hidden).
         mask: None, (B, keys) nonzero to attend, (B|1, 1, q, keys) bool or additive. positions:
         int64 (B|1, q) or None to count on from the cache. rope: a RopeTable, or (cos, sin) of
-        (B|1, q, rotary_dim).
+        (B|1, q, rotary_dim), or None without RoPE.
         """
         past = slot.length if slot is not None else 0
-        out = self._stage(block, stage, x, slot, mask, _rope(rope, positions, past, x.shape[1]))
+        cos_sin = _rope(rope, positions, past, x.shape[1]) if rope is not None else None
+        out = self._stage(block, stage, x, slot, mask, cos_sin)
         if slot is not None:
             slot.advance(x.shape[1])
         return out
@@ -180,10 +195,25 @@ class ReferenceBackend:
                 slot.advance(queries)
         return (x, None) if logits is None else (None, logits)
 
+    def encode(self, model: ReferenceModel, x: torch.Tensor, mask: torch.Tensor | None) -> Any:
+        """Hidden states (B, S, hidden) of x (B, S, hidden) after all layers and the final norm.
+
+        mask: None, (B, S) nonzero for tokens, or (B|1, 1, S, S) as `block` takes it. The result is
+        zero where a (B, S) mask says padding.
+        """
+        for block in model.blocks:
+            x = self._stage(block, "full", x, None, mask, None)
+        if model.final_norm is not None:
+            x = norm(*model.final_norm, x)
+        if mask is not None and mask.dim() == 2:
+            x = x.masked_fill((mask == 0)[..., None], 0)
+        return x
+
     def _stage(self, block: ReferenceBlock, stage: str, x, slot, mask, cos_sin) -> Any:
         spec, t = block
-        h = norm(spec.attention_norm, t.attention_norm_weight, t.attention_norm_bias, x)
-        q, k, v = split_qkv(spec, functional.linear(h, t.qkv_weight, t.qkv_bias))
+        post = spec.residual == Residual.POST_NORM
+        h = x if post else _norm(spec, t, "attention_norm", x)
+        q, k, v = project_qkv(spec, t, h)
         if spec.attention.rotary_dim:
             q, k = rotate(q, *cos_sin), rotate(k, *cos_sin)
         if slot is not None:
@@ -193,26 +223,39 @@ class ReferenceBackend:
             return attention
         if stage == "full":
             return finish_attention(spec, t, x, attention)
-        if spec.residual == Residual.SEQUENTIAL:
-            attention = x = attention + x
+        if spec.residual != Residual.PARALLEL:
+            attention = x = _after_attention(spec, t, x, attention)
         return attention, _up(spec, t, x)
 
 
 def finish_attention(spec: BlockSpec, tensors: BlockTensors, x, attention) -> torch.Tensor:
     """The layer's output from its input and the result of stage "attention"."""
-    if spec.residual == Residual.SEQUENTIAL:
-        attention = x = attention + x
+    if spec.residual != Residual.PARALLEL:
+        attention = x = _after_attention(spec, tensors, x, attention)
     return finish_up(spec, tensors, x, attention, _up(spec, tensors, x))
 
 
 def finish_up(spec: BlockSpec, tensors: BlockTensors, x, attention, up) -> torch.Tensor:
     """The layer's output from its input and the result of stage "attention+up"."""
     mlp = functional.linear(up, tensors.down_weight, tensors.down_bias)
-    return mlp + attention + x if spec.residual == Residual.PARALLEL else mlp + attention
+    if spec.residual == Residual.PARALLEL:
+        return mlp + attention + x
+    mlp = mlp + attention
+    return _norm(spec, tensors, "mlp_norm", mlp) if spec.residual == Residual.POST_NORM else mlp
+
+
+def _norm(spec: BlockSpec, t: BlockTensors, name: str, x: torch.Tensor) -> torch.Tensor:
+    return norm(getattr(spec, name), getattr(t, f"{name}_weight"), getattr(t, f"{name}_bias"), x)
+
+
+def _after_attention(spec: BlockSpec, t: BlockTensors, x, attention) -> torch.Tensor:
+    attention = attention + x
+    post = spec.residual == Residual.POST_NORM
+    return _norm(spec, t, "attention_norm", attention) if post else attention
 
 
 def _up(spec: BlockSpec, t: BlockTensors, x: torch.Tensor) -> torch.Tensor:
-    h = norm(spec.mlp_norm, t.mlp_norm_weight, t.mlp_norm_bias, x)
+    h = x if spec.residual == Residual.POST_NORM else _norm(spec, t, "mlp_norm", x)
     return ACTIVATIONS[spec.mlp.activation](functional.linear(h, t.up_weight, t.up_bias))
 
 

@@ -14,65 +14,90 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from .report import FusionError, Reason
-from .spec import BlockSpec, BlockTensors, NormSpec
+from .spec import Activation, BlockSpec, BlockTensors, NormKind, NormSpec
 
 __all__ = [
+    "EncoderCalls",
     "Family",
     "FusionError",
     "ModelParts",
     "Reason",
+    "activation_of",
     "class_name",
     "expect_children",
     "expect_parameters",
     "expect_type",
     "families",
     "family_of",
+    "layer_norm_of",
     "register_family",
+    "spec_of",
 ]
 
 
 class ModelParts(NamedTuple):
-    """Modules of a base model beside the inside of its layers."""
+    """Modules of a base model beside the inside of its layers.
+
+    A decoder has all of the first five; of an encoder, `called` names the children that are run as
+    the modules they are.
+    """
 
     embedding: Any  # torch.nn.Embedding, weight (vocab, hidden)
     layers: Any  # torch.nn.ModuleList of the family's layer class
-    final_norm: Any  # norm module with weight and bias (hidden)
-    final_norm_spec: NormSpec
+    final_norm: Any  # norm module with weight and bias (hidden), or None
+    final_norm_spec: NormSpec | None
     rotary: Any  # module (x, position_ids) -> (cos, sin)
+    called: tuple[str, ...] = ()
+
+
+class EncoderCalls(NamedTuple):
+    """What the base model of an encoder does around its layers.
+
+    `arguments`: names its forward passes to the embeddings. `embed(base, call)`: hidden states (B,
+    S, hidden) from those of them that are in the dict `call`. `finish(base, hidden)`: the model
+    output.
+    """
+
+    arguments: tuple[str, ...]
+    embed: Callable[[Any, dict], Any]
+    finish: Callable[[Any, Any], Any]
 
 
 @dataclass(frozen=True)
 class Family:
     """How one family of models is read.
 
-    `layer_class`, `base_class`, `causal_lm_class`: exact classes as "module:QualName".
+    `layer_class`, `base_class`, `causal_lm_class`: exact classes as "module:QualName"; the last is
+    empty for an encoder.
     `to_spec(layer)`: BlockSpec; raises FusionError where the structure is not the one the family
     file knows.
     `tensors(layer)`: BlockTensors of the layer's parameters.
-    `parts(base)`: ModelParts; raises FusionError like `to_spec`. `head(causal_lm)`: the
-    torch.nn.Linear after it.
-    `cache_index(layer)`: which layer of a cache it fills.
+    `parts(base)`: ModelParts; raises FusionError like `to_spec`.
     `watched(layer)`: (dict, key) pairs besides modules and parameters whose value the spec depends
     on.
-    `tiny_config(**changes)`: a configuration small enough for tests. `cache_argument`: name under
-    which a layer takes its cache.
+    `tiny_config(**changes)`: a configuration small enough for tests.
+    Decoders: `head(causal_lm)`, the torch.nn.Linear after the base model; `cache_index(layer)`,
+    which layer of a cache it fills; `cache_argument`, the name under which a layer takes its cache.
+    Encoders: `encoder`.
     """
 
     name: str
     layer_class: str
     base_class: str
-    causal_lm_class: str
     to_spec: Callable[[Any], BlockSpec]
     tensors: Callable[[Any], BlockTensors]
     parts: Callable[[Any], ModelParts]
-    head: Callable[[Any], Any]
-    cache_index: Callable[[Any], int]
     watched: Callable[[Any], Iterable[tuple[dict, str]]]
     tiny_config: Callable[..., Any]
+    causal_lm_class: str = ""
+    head: Callable[[Any], Any] | None = None
+    cache_index: Callable[[Any], int] | None = None
     cache_argument: str = "past_key_values"
+    encoder: EncoderCalls | None = None
 
     def __post_init__(self):
-        for name in ("layer_class", "base_class", "causal_lm_class"):
+        optional = ("causal_lm_class",) if self.causal_lm_class or not self.encoder else ()
+        for name in ("layer_class", "base_class", *optional):
             value = getattr(self, name)
             if type(value) is not str or value.count(":") != 1:
                 raise ValueError(f"{name} is {value!r}, expected a string 'module:QualName'")
@@ -144,3 +169,53 @@ def expect_children(owner: str, module: Any, names: tuple[str, ...]) -> None:
     if have != set(names):
         odd = ", ".join(sorted(have ^ set(names)))
         raise FusionError(Reason.STRUCTURE, f"{owner} has unexpected or missing children: {odd}")
+
+
+_ACTIVATIONS = "transformers.activations"
+_ACTIVATION_OF = {
+    f"{_ACTIVATIONS}:GELUActivation": Activation.GELU_ERF,
+    f"{_ACTIVATIONS}:NewGELUActivation": Activation.GELU_TANH,
+    f"{_ACTIVATIONS}:GELUTanh": Activation.GELU_TANH,
+    f"{_ACTIVATIONS}:SiLUActivation": Activation.SILU,
+    f"{_ACTIVATIONS}:LinearActivation": Activation.NONE,
+    "torch.nn.modules.activation:ReLU": Activation.RELU,
+    "torch.nn.modules.activation:SiLU": Activation.SILU,
+}
+
+
+def activation_of(act: Any) -> str:
+    """The Activation that a module of transformers or torch computes, or FusionError."""
+    name = class_name(act)
+    if name not in _ACTIVATION_OF:
+        raise FusionError(
+            Reason.ACTIVATION, f"the MLP activation is a {name}, expected GELU, ReLU or SiLU"
+        )
+    inner = getattr(act, "act", None)
+    inner = getattr(inner, "func", inner)  # GELUTanh holds a partial
+    if inner is not None and getattr(inner, "__module__", None) not in (
+        "torch._C._nn",
+        _ACTIVATIONS,
+    ):
+        raise FusionError(Reason.ACTIVATION, f"{name} calls {inner!r}, expected torch's gelu")
+    return _ACTIVATION_OF[name]
+
+
+def layer_norm_of(owner: str, norm: Any, hidden: int) -> NormSpec:
+    """The NormSpec of a torch.nn.LayerNorm over (hidden,), or FusionError."""
+    if tuple(norm.normalized_shape) != (hidden,) or norm.weight is None or norm.bias is None:
+        raise FusionError(
+            Reason.STRUCTURE,
+            f"{owner} normalises {tuple(norm.normalized_shape)}, expected ({hidden},) with "
+            "weight and bias",
+        )
+    return NormSpec(NormKind.LAYER, float(norm.eps))
+
+
+def spec_of(make: Callable[[], BlockSpec]) -> BlockSpec:
+    """What `make` returns; a contradiction it runs into becomes a FusionError."""
+    try:
+        return make()
+    except FusionError:
+        raise
+    except (ValueError, TypeError, ArithmeticError) as error:
+        raise FusionError(Reason.STRUCTURE, f"the layer makes no block: {error}") from error

@@ -44,6 +44,7 @@ class Reason(Enum):
     OUTPUTS = "attentions or hidden states requested"
     RETURN_TUPLE = "tuple output requested"
     NOT_CAUSAL = "attention not causal"
+    NOT_ENCODER = "not an encoder"
     MASK = "unsupported attention mask"
     POSITIONS = "unsupported position ids"
     PACKED = "packed sequences"
@@ -105,8 +106,8 @@ class LayerReport:
 class Report:
     """What `patch` did, layer by layer.
 
-    `family` is None where no family file knows the model. `packed_bytes` counts copies of weights
-    in bytes.
+    `family` is None where no family file knows the model. `packed_bytes`: what the copies of
+    weights take that the calls make and keep.
     `reason` and `detail` say why the whole model runs stock, where it does.
     """
 
@@ -199,14 +200,14 @@ class Stats:
     """Counters of one patched model; safe to update from several threads.
 
     `fused`: calls of a back end that replaced stock code. `calls`: the same by level: "step"
-    (whole model, few rows), "prefill" (whole model, many rows), "layer"; and "wrapped", the calls
-    that passed a wrapper of fusion "none".
+    (whole model, few rows), "prefill" (whole model, many rows), "encode" (whole encoder), "layer";
+    and "wrapped", the calls that passed a wrapper of fusion "none".
     `refused`: forwards that ran stock, by reason. `downgraded`: forwards that ran layer by layer,
     or without the head, where the whole model in one call was wanted, by reason. `details`: the
     latest sentence for each reason.
     """
 
-    LEVELS = ("step", "prefill", "layer", "wrapped")
+    LEVELS = ("step", "prefill", "encode", "layer", "wrapped")
 
     def __init__(self, note: str = ""):
         renew_in_child(self, "_lock", threading.Lock)
@@ -224,7 +225,7 @@ class Stats:
     @property
     def fused(self) -> int:
         """Calls of a back end that replaced stock code."""
-        return self.calls["step"] + self.calls["prefill"] + self.calls["layer"]
+        return sum(n for level, n in self.calls.items() if level != "wrapped")
 
     def count(self, level: str) -> None:
         """Adds one call at `level`."""

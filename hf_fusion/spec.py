@@ -20,21 +20,25 @@ class NormKind:
 
 
 class QkvLayout:
-    """Rows of the fused projection: q, k, v of head 0, of head 1, ... or all q, all k, all v."""
+    """Rows of the fused projection: q, k, v of head 0, of head 1, ... or all q, all k, all v; or
+    three projections.
+    """
 
     PER_HEAD = "per_head"
     STACKED = "stacked"
-    ALL = (PER_HEAD, STACKED)
+    SEPARATE = "separate"
+    ALL = (PER_HEAD, STACKED, SEPARATE)
 
 
 class Residual:
     """PARALLEL: mlp(norm2(x)) + attn(norm1(x)) + x. SEQUENTIAL: a = attn(norm1(x)) + x, then
-    mlp(norm2(a)) + a.
+    mlp(norm2(a)) + a. POST_NORM: a = norm1(attn(x) + x), then norm2(mlp(a) + a).
     """
 
     PARALLEL = "parallel"
     SEQUENTIAL = "sequential"
-    ALL = (PARALLEL, SEQUENTIAL)
+    POST_NORM = "post_norm"
+    ALL = (PARALLEL, SEQUENTIAL, POST_NORM)
 
 
 class Activation:
@@ -58,9 +62,9 @@ def _finite(name: str, value: float, least: float) -> None:
         raise ValueError(f"{name} is {value!r}, expected a finite number of at least {least}")
 
 
-def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} is {value!r}, expected one of {', '.join(choices)}")
+def _one_of(name: str, value: Any, choices: tuple) -> None:
+    if type(value) is not type(choices[0]) or value not in choices:
+        raise ValueError(f"{name} is {value!r}, expected one of {', '.join(map(str, choices))}")
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,7 @@ class AttentionSpec:
 
     RoPE rotates the leading `rotary_dim` elements of each head, element i with element i +
     rotary_dim / 2.
-    `scale` multiplies the scores.
+    `scale` multiplies the scores. `causal`: no query sees a later key.
     """
 
     heads: int
@@ -90,12 +94,14 @@ class AttentionSpec:
     rotary_dim: int
     scale: float
     qkv_layout: str
+    causal: bool = True
 
     def __post_init__(self):
         _positive("heads", self.heads)
         _positive("kv_heads", self.kv_heads)
         _positive("head_dim", self.head_dim)
         _one_of("qkv_layout", self.qkv_layout, QkvLayout.ALL)
+        _one_of("causal", self.causal, (True, False))
         if not isinstance(self.scale, (int, float)) or not math.isfinite(self.scale):
             raise ValueError(f"scale is {self.scale!r}, expected a finite number")
         if self.heads % self.kv_heads:
@@ -120,8 +126,13 @@ class AttentionSpec:
 
     @property
     def qkv_width(self) -> int:
-        """Rows of the fused QKV projection."""
-        return (self.heads + 2 * self.kv_heads) * self.head_dim
+        """Rows of the fused QKV projection, or of the three together."""
+        return self.width + 2 * self.kv_width
+
+    @property
+    def kv_width(self) -> int:
+        """Rows of a K or V projection."""
+        return self.kv_heads * self.head_dim
 
 
 @dataclass(frozen=True)
@@ -153,30 +164,38 @@ class BlockSpec:
 
 
 class BlockTensors(NamedTuple):
-    """Parameters of one layer, in torch.nn.Linear layout (rows, cols); a bias may be None."""
+    """Parameters of one layer, in torch.nn.Linear layout (rows, cols); a bias may be None.
+
+    With QkvLayout.SEPARATE, `qkv_weight` and `qkv_bias` are q's; otherwise k and v are None.
+    """
 
     attention_norm_weight: Any  # (hidden)
     attention_norm_bias: Any  # (hidden)
     mlp_norm_weight: Any  # (hidden)
     mlp_norm_bias: Any  # (hidden)
-    qkv_weight: Any  # (attention.qkv_width, hidden)
-    qkv_bias: Any  # (attention.qkv_width)
+    qkv_weight: Any  # (attention.qkv_width or attention.width, hidden)
+    qkv_bias: Any  # (attention.qkv_width or attention.width)
     o_weight: Any  # (hidden, attention.width)
     o_bias: Any  # (hidden)
     up_weight: Any  # (mlp.width, hidden)
     up_bias: Any  # (mlp.width)
     down_weight: Any  # (hidden, mlp.width)
     down_bias: Any  # (hidden)
+    k_weight: Any = None  # (attention.kv_width, hidden)
+    k_bias: Any = None  # (attention.kv_width)
+    v_weight: Any = None  # (attention.kv_width, hidden)
+    v_bias: Any = None  # (attention.kv_width)
 
 
 def tensor_shapes(spec: BlockSpec) -> BlockTensors:
     """The shape each tensor of a block must have, as tuples in the fields of BlockTensors."""
-    hidden, qkv, width, mlp = (
-        spec.hidden,
-        spec.attention.qkv_width,
-        spec.attention.width,
-        spec.mlp.width,
-    )
+    heads, hidden, mlp = spec.attention, spec.hidden, spec.mlp.width
+    separate = heads.qkv_layout == QkvLayout.SEPARATE
+    qkv, width = heads.width if separate else heads.qkv_width, heads.width
+    kv = {}
+    if separate:
+        kv = dict.fromkeys(("k_weight", "v_weight"), (heads.kv_width, hidden))
+        kv |= dict.fromkeys(("k_bias", "v_bias"), (heads.kv_width,))
     return BlockTensors(
         attention_norm_weight=(hidden,),
         attention_norm_bias=(hidden,),
@@ -190,4 +209,5 @@ def tensor_shapes(spec: BlockSpec) -> BlockTensors:
         up_bias=(mlp,),
         down_weight=(hidden, mlp),
         down_bias=(hidden,),
+        **kv,
     )

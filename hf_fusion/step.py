@@ -14,8 +14,9 @@ from typing import Any
 import torch
 
 from . import native
+from .packing import packed_size
 from .rope import RopeRows, RopeTable, rope_of_call
-from .spec import BlockSpec, BlockTensors
+from .spec import BlockSpec, BlockTensors, tensor_shapes
 from .structs import DTYPES, NativeBlock, NativeModel, buffer, caches_of, set_mask
 
 __all__ = ["CpuBackend", "RopeTable"]
@@ -27,8 +28,7 @@ class _Frame(threading.local):
     def __init__(self):
         self.call, self.io = native.sized(native.Call), native.sized(native.ModelIo)
         self.block_io, self.attention_io = native.sized(native.BlockIo), native.sized(native.AttentionIo)
-        self.call.causal = 1
-        self.positions, self.mask = self.call.positions, self.call.mask
+        self.positions, self.mask, self.starts = self.call.positions, self.call.mask, self.call.starts
         self.cos, self.sin = self.call.cos, self.call.sin
         self.ids, self.x = self.io.ids, self.io.x
         self.logits, self.hidden = self.io.logits, self.io.hidden
@@ -36,8 +36,12 @@ class _Frame(threading.local):
         self.rows: Any = None  # the RopeRows whose addresses are set
 
 
+def _packs(spec: BlockSpec, packed: bool | None) -> bool:
+    return packed if packed is not None else not spec.attention.causal and native.isa() == "amx"
+
+
 class CpuBackend:
-    """The four calls of a back end through the native library; arguments as in reference.ReferenceBackend."""
+    """The calls of a back end through the native library; arguments as in reference.ReferenceBackend."""
 
     name = "cpu"
 
@@ -51,21 +55,38 @@ class CpuBackend:
         """Name of the instruction set in use."""
         return native.isa()
 
-    def bind_block(self, spec: BlockSpec, tensors: BlockTensors) -> NativeBlock:
-        """Structs over the tensors; FusionError where dtype, shape or strides do not fit."""
-        return NativeBlock(spec, tensors)
+    def bind_block(self, spec: BlockSpec, tensors: BlockTensors, packed: bool | None = False) -> NativeBlock:
+        """Structs over the tensors; FusionError where dtype, shape or strides do not fit.
+
+        `packed`: whether matrix kernels read packed copies of the weights. None: for an encoder on AMX, whose products
+        are faster than packing as they go; elsewhere that costs 8 % (BENCHMARKS.md).
+        """
+        return NativeBlock(spec, tensors, _packs(spec, packed))
+
+    def packed_bytes(self, spec: BlockSpec, dtype: torch.dtype, packed: bool | None) -> int:
+        """Bytes of the copies that `bind_block` would make."""
+        if not _packs(spec, packed) or dtype not in DTYPES:
+            return 0
+        return sum(
+            packed_size(DTYPES[dtype], *shape) for shape in tensor_shapes(spec) if shape and len(shape) == 2
+        )
 
     def bind_model(self, blocks, embedding_weight, final_norm, head_weight=None, head_bias=None) -> NativeModel:
         """Structs over a whole model; `final_norm` is (NormSpec, weight, bias)."""
         return NativeModel(blocks, embedding_weight, final_norm, head_weight, head_bias)
 
-    def _set_call(self, batch, queries, dtype, past, mask, positions, rope):
+    def _set_call(self, block: NativeBlock, batch, queries, past, mask, positions, rope, starts=None):
         """Fills the thread's hff_call; returns what must stay alive until the native call returns."""
         frame = self._frame
         call = frame.call
-        call.dtype, call.threads = DTYPES[dtype], torch.get_num_threads()
+        call.dtype, call.threads = DTYPES[block.dtype], torch.get_num_threads()
         call.batch, call.queries = batch, queries
+        call.causal = block.spec.attention.causal
         call.precision = native.PRECISIONS[torch.get_float32_matmul_precision()]
+        frame.starts.data, frame.starts.bytes = (None, 0) if starts is None else (starts.data_ptr(), starts.nbytes)
+        mask = set_mask(frame.mask, mask, block.dtype)
+        if rope is None:
+            return None, None, (mask, starts)
         table, positions = rope_of_call(rope, batch, queries, past, positions)
         self._set_rows(table.current)
         (batch_stride, query_stride), rows = positions.stride(), positions.shape[0]
@@ -73,7 +94,7 @@ class CpuBackend:
         call.position_query_stride = query_stride
         frame.positions.data = positions.data_ptr()
         frame.positions.bytes = 8 * ((rows - 1) * batch_stride + (queries - 1) * query_stride + 1)
-        return table, positions, set_mask(frame.mask, mask, dtype)
+        return table, positions, mask
 
     def _set_rows(self, rows: RopeRows) -> None:
         frame = self._frame
@@ -88,7 +109,7 @@ class CpuBackend:
         status = function(*arguments)
         if status == native.OUT_OF_RANGE:
             table, positions, _ = alive
-            if table.cover(positions):
+            if table is not None and table.cover(positions):
                 self._set_rows(table.current)
                 status = function(*arguments)
         if status != native.OK:
@@ -100,7 +121,7 @@ class CpuBackend:
         frame = self._frame
         past = slots[0].length if slots[0] is not None else 0
         caches = caches_of(slots, batch, queries, model.blocks)
-        alive = self._set_call(batch, queries, model.dtype, past, mask, positions, rope)
+        alive = self._set_call(model.blocks[0], batch, queries, past, mask, positions, rope)
         io, dtype = frame.io, model.dtype
         if ids is not None:
             (io.id_batch_stride, io.id_query_stride) = strides = ids.stride()
@@ -125,12 +146,47 @@ class CpuBackend:
         )
         return hidden, logits
 
+    def encode(self, model: NativeModel, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """Hidden states (B, S, hidden) of x (B, S, hidden) after all layers and the final norm, if there is one.
+
+        mask: None, (B, S) nonzero for tokens, or (B|1, 1, S, S) as `block` takes it. What a (B, S) mask calls padding
+        is left out of the computation, and zero in the result.
+        """
+        if mask is None or mask.dim() == 4 or bool((mask != 0).all()):
+            mask = mask if mask is not None and mask.dim() == 4 else None
+            return self._encode_rows(model, x.contiguous(), x.shape[0], x.shape[1], mask)
+        tokens = mask != 0
+        rows = tokens.flatten().nonzero().squeeze(1)
+        out = torch.zeros_like(x, memory_format=torch.contiguous_format)
+        if rows.numel() == 0:
+            return out
+        lengths = tokens.sum(1)
+        starts = torch.zeros(len(lengths) + 1, dtype=torch.int64)
+        torch.cumsum(lengths, 0, out=starts[1:])
+        hidden = x.shape[2]
+        packed = x.reshape(-1, hidden).index_select(0, rows)
+        packed = self._encode_rows(model, packed, x.shape[0], int(lengths.max()), None, starts)
+        out.view(-1, hidden).index_copy_(0, rows, packed)
+        return out
+
+    def _encode_rows(self, model: NativeModel, x, batch, queries, mask, starts=None) -> torch.Tensor:
+        frame = self._frame
+        alive = self._set_call(model.blocks[0], batch, queries, 0, mask, None, None, starts)
+        out = torch.empty_like(x)
+        frame.ids.data = frame.logits.data = None
+        frame.x.data, frame.x.bytes = x.data_ptr(), x.nbytes
+        frame.hidden.data, frame.hidden.bytes = out.data_ptr(), out.nbytes
+        self._run(
+            self._library.hff_model_forward, alive, frame.call_ref, model.reference, None, frame.io_ref
+        )
+        return out
+
     def block(self, block: NativeBlock, stage: str, x, slot, mask, positions, rope):
         """One layer up to `stage`, as ReferenceBackend.block."""
         batch, queries, hidden = x.shape
         past = slot.length if slot is not None else 0
-        caches = caches_of([slot], batch, queries, [block])
-        alive = self._set_call(batch, queries, block.dtype, past, mask, positions, rope)
+        caches = caches_of([slot], batch, queries, [block]) if block.spec.attention.causal else None
+        alive = self._set_call(block, batch, queries, past, mask, positions, rope)
         x = x.contiguous()
         io = self._frame.block_io
         io.stage, io.x = native.STAGES[stage], buffer(x)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from . import native
+from .packing import PackedWeights
 from .report import FusionError, Reason
 from .spec import BlockSpec, BlockTensors, NormSpec, tensor_shapes
 
@@ -27,7 +28,9 @@ def buffer(tensor: torch.Tensor | None) -> native.Buffer:
     return native.Buffer(tensor.data_ptr(), tensor.numel() * tensor.element_size())
 
 
-def _linear(weight: torch.Tensor, bias: torch.Tensor | None) -> native.Linear:
+def _linear(weight: torch.Tensor | None, bias: torch.Tensor | None) -> native.Linear:
+    if weight is None:
+        return native.Linear()
     rows, cols = weight.shape
     return native.Linear(buffer(weight), buffer(bias), native.Buffer(), rows, cols, cols)
 
@@ -49,9 +52,12 @@ def _check_tensors(names: tuple[str, ...], tensors: tuple, shapes: tuple, dtype:
 
 
 class NativeBlock:
-    """A layer as the native library sees it; the structs point into the parameters, which are kept alive here."""
+    """A layer as the native library sees it; the structs point into the parameters, which are kept alive here.
 
-    def __init__(self, spec: BlockSpec, tensors: BlockTensors):
+    With `packed`, matrix kernels read copies of the matrices instead, `packed_bytes` of them.
+    """
+
+    def __init__(self, spec: BlockSpec, tensors: BlockTensors, packed: bool = False):
         self.spec, self.tensors = spec, tensors
         self.dtype = tensors.qkv_weight.dtype
         if self.dtype not in DTYPES:
@@ -79,23 +85,41 @@ class NativeBlock:
             _norm(spec.attention_norm, tensors.attention_norm_weight, tensors.attention_norm_bias),
             _norm(spec.mlp_norm, tensors.mlp_norm_weight, tensors.mlp_norm_bias),
             _linear(tensors.qkv_weight, tensors.qkv_bias),
-            native.Linear(),
-            native.Linear(),
+            _linear(tensors.k_weight, tensors.k_bias),
+            _linear(tensors.v_weight, tensors.v_bias),
             _linear(tensors.o_weight, tensors.o_bias),
             _linear(tensors.up_weight, tensors.up_bias),
             _linear(tensors.down_weight, tensors.down_bias),
         )
+        self.packing = self._pack() if packed else None
+        self.packed_bytes = self.packing.bytes if packed else 0
+
+    def _pack(self) -> PackedWeights:
+        linears, weights = [], []
+        for name in ("qkv", "k", "v", "o", "up", "down"):
+            weight = getattr(self.tensors, f"{name}_weight")
+            if weight is not None:
+                linears.append(getattr(self.struct, name))
+                weights.append(weight)
+        return PackedWeights(linears, weights, DTYPES[self.dtype])
+
+    def fresh(self) -> bool:
+        """Whether the packed copies, if there are any, are still those of the weights."""
+        return self.packing is None or self.packing.fresh()
 
 
 class NativeModel:
-    """Embedding, layers, final norm and, for logits, the head, as one struct."""
+    """Embedding, layers, final norm and, for logits, the head, as one struct; an encoder has but the layers and, where
+    `final_norm` is not None, a norm.
+    """
 
     def __init__(self, blocks, embedding_weight, final_norm, head_weight, head_bias):
-        spec, weight, bias = final_norm
+        spec, weight, bias = final_norm or (None, None, None)
         self.blocks, self.dtype = blocks, blocks[0].dtype
         self.embedding, self.final_norm = embedding_weight, final_norm
         self.head_weight, self.head_bias = head_weight, head_bias
-        vocab, hidden = embedding_weight.shape
+        hidden = blocks[0].spec.hidden
+        vocab = embedding_weight.shape[0] if embedding_weight is not None else 0
         outer = (embedding_weight, weight, bias, head_weight, head_bias)
         rows = head_weight.shape[0] if head_weight is not None else 0
         shapes = ((vocab, hidden), (hidden,), (hidden,), (rows, hidden), (rows,))
@@ -112,7 +136,8 @@ class NativeModel:
         self.struct.hidden, self.struct.vocab = hidden, vocab
         self.struct.embedding = buffer(embedding_weight)
         self.struct.blocks, self.struct.block_count = self.array, len(blocks)
-        self.struct.final_norm = _norm(spec, weight, bias)
+        if final_norm is not None:
+            self.struct.final_norm = _norm(spec, weight, bias)
         if head_weight is not None:
             self.struct.head = _linear(head_weight, head_bias)
         self.head_rows, self.reference = rows, ctypes.byref(self.struct)

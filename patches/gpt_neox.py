@@ -15,25 +15,24 @@ from hf_fusion.registry import (
     FusionError,
     ModelParts,
     Reason,
+    activation_of,
     expect_children,
     expect_parameters,
     expect_type,
+    layer_norm_of,
     register_family,
+    spec_of,
 )
 from hf_fusion.spec import (
-    Activation,
     AttentionSpec,
     BlockSpec,
     BlockTensors,
     MlpSpec,
-    NormKind,
-    NormSpec,
     QkvLayout,
     Residual,
 )
 
 _MODELING = "transformers.models.gpt_neox.modeling_gpt_neox"
-_ACTIVATIONS = "transformers.activations"
 _LINEAR = "torch.nn.modules.linear:Linear"
 _LAYER_NORM = "torch.nn.modules.normalization:LayerNorm"
 _DROPOUT = "torch.nn.modules.dropout:Dropout"
@@ -45,15 +44,6 @@ _LAYER_CHILDREN = {
     "post_mlp_dropout": _DROPOUT,
     "attention": f"{_MODELING}:GPTNeoXAttention",
     "mlp": f"{_MODELING}:GPTNeoXMLP",
-}
-_ACTIVATION_OF = {
-    f"{_ACTIVATIONS}:GELUActivation": Activation.GELU_ERF,
-    f"{_ACTIVATIONS}:NewGELUActivation": Activation.GELU_TANH,
-    f"{_ACTIVATIONS}:GELUTanh": Activation.GELU_TANH,
-    f"{_ACTIVATIONS}:SiLUActivation": Activation.SILU,
-    f"{_ACTIVATIONS}:LinearActivation": Activation.NONE,
-    "torch.nn.modules.activation:ReLU": Activation.RELU,
-    "torch.nn.modules.activation:SiLU": Activation.SILU,
 }
 # parameters of the forwards; cache_position is one of releases before 5.4
 _LAYER_PARAMETERS = (
@@ -67,32 +57,6 @@ _BASE_PARAMETERS = (
 _LM_PARAMETERS = (*_BASE_PARAMETERS, "labels", "logits_to_keep")
 # functions that the classes above call and that others are known to replace
 _MODULE_FUNCTIONS = ("apply_rotary_pos_emb", "rotate_half", "eager_attention_forward")
-
-
-def _activation(act: Any) -> str:
-    name = f"{type(act).__module__}:{type(act).__qualname__}"
-    if name not in _ACTIVATION_OF:
-        raise FusionError(
-            Reason.ACTIVATION, f"the MLP activation is a {name}, expected GELU, ReLU or SiLU"
-        )
-    inner = getattr(act, "act", None)
-    inner = getattr(inner, "func", inner)  # GELUTanh holds a partial
-    if inner is not None and getattr(inner, "__module__", None) not in (
-        "torch._C._nn",
-        _ACTIVATIONS,
-    ):
-        raise FusionError(Reason.ACTIVATION, f"{name} calls {inner!r}, expected torch's gelu")
-    return _ACTIVATION_OF[name]
-
-
-def _norm(owner: str, norm: Any, hidden: int) -> NormSpec:
-    if tuple(norm.normalized_shape) != (hidden,) or norm.weight is None or norm.bias is None:
-        raise FusionError(
-            Reason.STRUCTURE,
-            f"{owner} normalises {tuple(norm.normalized_shape)}, expected ({hidden},) with "
-            "weight and bias",
-        )
-    return NormSpec(NormKind.LAYER, float(norm.eps))
 
 
 def to_spec(layer: Any) -> BlockSpec:
@@ -114,8 +78,8 @@ def to_spec(layer: Any) -> BlockSpec:
             f"layer.attention.is_causal is {attention.is_causal!r}, expected True",
         )
     hidden, head_dim = layer.input_layernorm.normalized_shape[-1], attention.head_size
-    try:
-        return BlockSpec(
+    return spec_of(
+        lambda: BlockSpec(
             hidden=hidden,
             attention=AttentionSpec(
                 heads=hidden // head_dim,
@@ -126,17 +90,14 @@ def to_spec(layer: Any) -> BlockSpec:
                 scale=float(attention.scaling),
                 qkv_layout=QkvLayout.PER_HEAD,
             ),
-            mlp=MlpSpec(mlp.dense_h_to_4h.weight.shape[0], _activation(mlp.act)),
-            attention_norm=_norm("layer.input_layernorm", layer.input_layernorm, hidden),
-            mlp_norm=_norm(
+            mlp=MlpSpec(mlp.dense_h_to_4h.weight.shape[0], activation_of(mlp.act)),
+            attention_norm=layer_norm_of("layer.input_layernorm", layer.input_layernorm, hidden),
+            mlp_norm=layer_norm_of(
                 "layer.post_attention_layernorm", layer.post_attention_layernorm, hidden
             ),
             residual=Residual.PARALLEL if layer.use_parallel_residual else Residual.SEQUENTIAL,
         )
-    except FusionError:
-        raise
-    except (ValueError, TypeError, ArithmeticError) as error:
-        raise FusionError(Reason.STRUCTURE, f"the layer makes no block: {error}") from error
+    )
 
 
 def tensors(layer: Any) -> BlockTensors:
@@ -179,7 +140,7 @@ def parts(base: Any) -> ModelParts:
         embedding=base.embed_in,
         layers=base.layers,
         final_norm=base.final_layer_norm,
-        final_norm_spec=_norm("model.final_layer_norm", base.final_layer_norm, hidden),
+        final_norm_spec=layer_norm_of("model.final_layer_norm", base.final_layer_norm, hidden),
         rotary=base.rotary_emb,
     )
 

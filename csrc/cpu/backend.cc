@@ -11,7 +11,11 @@
 
 #if defined(__linux__)
 #include <sys/mman.h>
+#include <sys/syscall.h>
 #include <unistd.h>
+#endif
+#if defined(HFF_X86_KERNELS)
+#include <cpuid.h>
 #endif
 
 #include "cpu/arena.h"
@@ -28,6 +32,13 @@ HFF_DECLARE_ISA(scalar)
 HFF_DECLARE_ISA(avx2)
 HFF_DECLARE_ISA(avx512)
 HFF_DECLARE_ISA(avx512_bf16)
+HFF_DECLARE_ISA(amx)
+namespace amx {
+bool tiles_checked();
+}
+#if defined(HFF_FAULTS)
+HFF_DECLARE_ISA(amx_emulated)
+#endif
 #endif
 
 namespace {
@@ -58,16 +69,41 @@ const char* missing_avx512() {
 const char* missing_avx512_bf16() {
   return __builtin_cpu_supports("avx512bf16") ? missing_avx512() : "this CPU lacks AVX512_BF16";
 }
+// Tiles are state that Linux saves only for a process that has asked, and that virtual machines
+// have been seen to advertise without: asked for once, and tried.
+const char* ask_for_amx() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  if (__get_cpuid_count(7, 0, &a, &b, &c, &d) == 0 || (d >> 22 & 1) == 0 || (d >> 24 & 1) == 0)
+    return "this CPU lacks AMX tiles of bf16";
+#if defined(__linux__)
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  if (syscall(SYS_arch_prctl, kRequestPermission, kTileData) != 0)
+    return "the kernel does not give this process AMX state";
+  if (missing_avx512_bf16() != nullptr) return missing_avx512_bf16();
+  return amx::tiles_checked() ? nullptr : "the AMX tiles of this CPU compute wrong values";
+#else
+  return "AMX is asked for on Linux only";
+#endif
+}
+const char* missing_amx() {
+  static const char* const missing = ask_for_amx();
+  return missing;
+}
 const Isa kIsas[] = {{"scalar", &scalar::kBackend, nothing_missing},
                      {"avx2", &avx2::kBackend, missing_avx2},
                      {"avx512", &avx512::kBackend, missing_avx512},
-                     {"avx512_bf16", &avx512_bf16::kBackend, missing_avx512_bf16}};
+                     {"avx512_bf16", &avx512_bf16::kBackend, missing_avx512_bf16},
+#if defined(HFF_FAULTS)
+                     {"amx_emulated", &amx_emulated::kBackend, missing_avx512_bf16},
+#endif
+                     {"amx", &amx::kBackend, missing_amx}};
 #else
 const char* not_x86() { return "built for another architecture than x86-64"; }
 const Isa kIsas[] = {{"scalar", &scalar::kBackend, nothing_missing},
                      {"avx2", nullptr, not_x86},
                      {"avx512", nullptr, not_x86},
-                     {"avx512_bf16", nullptr, not_x86}};
+                     {"avx512_bf16", nullptr, not_x86},
+                     {"amx", nullptr, not_x86}};
 #endif
 constexpr int kIsaCount = sizeof(kIsas) / sizeof(kIsas[0]);
 
@@ -77,7 +113,7 @@ thread_local char t_error[512] = "";
 const Isa* best_isa() {
   const Isa* best = &kIsas[0];
   for (const Isa& isa : kIsas) {
-    if (isa.missing() == nullptr) best = &isa;
+    if (std::strcmp(isa.name, "amx_emulated") != 0 && isa.missing() == nullptr) best = &isa;
   }
   return best;
 }
@@ -152,7 +188,7 @@ hff_status hff_select_isa(const char* name) {
   }
   return hff::fail(
       HFF_UNSUPPORTED,
-      "instruction set '%.64s' is unknown; expected scalar, avx2, avx512 or avx512_bf16", name);
+      "instruction set '%.64s' is unknown; expected scalar, avx2, avx512, avx512_bf16 or amx", name);
 }
 
 const char* hff_isa(void) {

@@ -123,6 +123,7 @@ struct GemmLinearRun {
 
   static void work(void* self, int thread, int width) {
     GemmLinearRun& run = *static_cast<GemmLinearRun*>(self);
+    const TileScope tiles;
     const hff_linear& l = run.linear;
     for (int64_t r = run.io.rows * thread / width; r < run.io.rows * (thread + 1) / width; ++r) {
       const T* x = static_cast<const T*>(run.io.x.data) + r * l.cols;

@@ -21,6 +21,7 @@ struct GemmBlockRun {
 
   static void work(void* self, int thread, int width) {
     GemmBlockRun& run = *static_cast<GemmBlockRun*>(self);
+    const TileScope tiles;
     const GemmPass<T, P> pass(run.call, run.block, run.cache, run.scratch, 0, &run.barrier, thread,
                               width, &run.io);
     const int64_t hidden = run.block.hidden;
@@ -67,6 +68,7 @@ struct GemmModelRun {
 
   static void work(void* self, int thread, int width) {
     GemmModelRun& run = *static_cast<GemmModelRun*>(self);
+    const TileScope tiles;
     const int64_t rows = rows_of(run.call), hidden = run.model.hidden;
     const int64_t first = rows * thread / width, end = rows * (thread + 1) / width;
     for (int64_t r = first; r < end; ++r)

@@ -99,7 +99,7 @@ struct Tile<Plain<T>, R> {
   }
 };
 
-#if defined(__AVX512BF16__)
+#if defined(__AVX512BF16__) && !defined(HFF_TILES)
 template <int R>
 struct Tile<Pairs, R> {
   HFF_INLINE void multiply(const bf16* a, int64_t stride, const bf16* panel, int64_t cols,
@@ -136,14 +136,26 @@ static void multiply_tile_of(int64_t rows, const typename P::Input* a, int64_t s
   Tile<P, R>::multiply(a, stride, panel, cols, c);
 }
 
+// Most rows of one tile of a product, and the product of up to so many.
 template <class P>
 HFF_INLINE int64_t tile_rows() {
+#if defined(HFF_TILES)
+  if constexpr (P::kDepth == 2) return kMaxTileRows;
+#endif
   return kTileRows;
 }
 template <class P>
 HFF_INLINE void multiply_rows(int64_t rows, const typename P::Input* a, int64_t stride,
                               const typename P::Element* panel, int64_t cols, float* c) {
-  multiply_tile_of<P, kTileRows>(rows, a, stride, panel, cols, c);
+#if defined(HFF_TILES)
+  if constexpr (P::kDepth == 2) {
+    rows > 16 ? multiply_tiles<P, true>(a, stride, panel, cols, c)
+              : multiply_tiles<P, false>(a, stride, panel, cols, c);
+  } else
+#endif
+  {
+    multiply_tile_of<P, kTileRows>(rows, a, stride, panel, cols, c);
+  }
 }
 
 // ---- units --------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 // external linkage but the table, and nothing of the C++ library is instantiated, so that no wider
 // instruction leaks into common code.
 #include <atomic>
+#include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <new>
@@ -19,6 +20,8 @@
 #include "cpu/gemv-inl.h"
 
 #include "cpu/pack-inl.h"
+
+#include "cpu/amx-inl.h"
 
 #include "cpu/gemm-inl.h"
 
@@ -80,6 +83,11 @@ static hff_status pack(const hff_linear& layer, int32_t dtype, int32_t precision
                        void* out) {
   HFF_DISPATCH(dtype, pack_weight, layer, precision, threads, out);
 }
+
+#if defined(HFF_TILES)
+bool tiles_checked();
+bool tiles_checked() { return tiles_work(); }
+#endif
 
 extern const Backend kBackend;
 const Backend kBackend = {model,       block, attention,    linear, norm,

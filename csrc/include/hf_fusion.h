@@ -227,6 +227,11 @@ HFF_API int64_t hff_packed_bytes(int32_t dtype, int32_t precision, int64_t rows,
 HFF_API hff_status hff_pack(const hff_linear*, int32_t dtype, int32_t precision, int32_t threads,
                             const hff_output* packed);
 
+/* A number that depends on one 64-byte line of every row of `count` matrices, with `phase` on another:
+ * a cheap look for changed weights; phases 0 .. lines of the longest row - 1 see every element. 0
+ * where a struct contradicts itself. */
+HFF_API uint64_t hff_fingerprint(const hff_linear*, int64_t count, int32_t dtype, int64_t phase);
+
 /* Adds `tokens` to the length of `count` caches, each once, or to none: HFF_OUT_OF_RANGE where one
  * has no room. For a caller that ran the layers of one pass by hff_attention_forward with lengths
  * of its own. */
@@ -238,7 +243,8 @@ HFF_API int32_t hff_abi_version(void);
 HFF_API uint64_t hff_struct_size(int32_t index);
 HFF_API const char* hff_last_error(void);
 
-/* Instruction sets in rising order. name: "scalar", "avx2", "avx512", "avx512_bf16"; null past the
+/* Instruction sets in rising order. name: "scalar", "avx2", "avx512", "avx512_bf16",
+ * "amx"; null past the
  * end. *reason: null where this build and CPU have it, else why not. */
 HFF_API const char* hff_isa_name(int32_t index, const char** reason);
 /* null: HF_FUSION_ISA if set, else the best. The choice holds for the process until the next call

@@ -1,0 +1,187 @@
+// AMX tiles of bf16, and the product of 32 rows by a panel on them.
+//   C (32, 32) += A (32, 32 k) B (32 k, 32): two tiles of A, two of B (its rows are pairs of k, see
+//   pack-inl.h), four of C; 2 KB of A and 2 KB of B are loaded for 64 K multiply-adds.
+// Rows of A past the last one are read (operand_rows makes room for them) and their sums ignored.
+// Split operands: high high + high low + low high; what is left out is below 2^-17 of the product.
+// State: the tile configuration belongs to the thread. TileScope puts back what it found.
+// HFF_TILES_EMULATED: the same instructions in plain code, for machines without AMX; tests only.
+
+#if defined(HFF_TILES)
+namespace hff {
+namespace HFF_ISA {
+
+struct alignas(64) TileConfig {
+  uint8_t palette = 0, start_row = 0, reserved[14] = {};
+  uint16_t row_bytes[16] = {};
+  uint8_t rows[16] = {};
+};
+static_assert(sizeof(TileConfig) == 64, "the layout ldtilecfg reads");
+
+#if defined(HFF_TILES_EMULATED)
+struct TileState {
+  float c[8][16][16];
+};
+static thread_local TileState t_tiles;
+
+struct TileScope {
+  TileScope() {}
+};
+template <int I>
+HFF_INLINE void tile_zero() {
+  std::memset(t_tiles.c[I], 0, sizeof(t_tiles.c[I]));
+}
+template <int I>
+HFF_INLINE void tile_load(const bf16* p, int64_t stride_bytes) {
+  for (int r = 0; r < 16; ++r)
+    std::memcpy(t_tiles.c[I][r], reinterpret_cast<const char*>(p) + r * stride_bytes, 64);
+}
+template <int C, int A, int B>
+HFF_INLINE void tile_dot() {
+  for (int m = 0; m < 16; ++m) {
+    for (int k = 0; k < 16; ++k) {
+      for (int n = 0; n < 16; ++n) {
+        const uint32_t a = float_to_bits(t_tiles.c[A][m][k]), b = float_to_bits(t_tiles.c[B][k][n]);
+        float& sum = t_tiles.c[C][m][n];
+        sum += bits_to_float(a << 16) * bits_to_float(b << 16);
+        sum += bits_to_float(a & 0xffff0000) * bits_to_float(b & 0xffff0000);
+      }
+    }
+  }
+}
+template <int I>
+HFF_INLINE void tile_store(float* p, int64_t stride_bytes) {
+  for (int r = 0; r < 16; ++r)
+    std::memcpy(reinterpret_cast<char*>(p) + r * stride_bytes, t_tiles.c[I][r], 64);
+}
+#else
+// Configures the eight tiles as 16 rows of 64 bytes for its lifetime.
+struct TileScope {
+  TileConfig found;
+  TileScope() {
+    _tile_storeconfig(&found);
+    TileConfig ours;
+    ours.palette = 1;
+    for (int i = 0; i < 8; ++i) {
+      ours.row_bytes[i] = 64;
+      ours.rows[i] = 16;
+    }
+    _tile_loadconfig(&ours);
+  }
+  ~TileScope() {
+    if (found.palette == 0) {
+      _tile_release();
+    } else {
+      _tile_loadconfig(&found);
+    }
+  }
+  TileScope(const TileScope&) = delete;
+};
+// The intrinsics take their tiles as literals.
+#define HFF_TILE(i) \
+  if constexpr (I == i)
+template <int I>
+HFF_INLINE void tile_zero() {
+  HFF_TILE(0) _tile_zero(0);
+  HFF_TILE(1) _tile_zero(1);
+  HFF_TILE(2) _tile_zero(2);
+  HFF_TILE(3) _tile_zero(3);
+}
+template <int I>
+HFF_INLINE void tile_load(const bf16* p, int64_t stride_bytes) {
+  HFF_TILE(4) _tile_loadd(4, p, stride_bytes);
+  HFF_TILE(5) _tile_loadd(5, p, stride_bytes);
+  HFF_TILE(6) _tile_loadd(6, p, stride_bytes);
+  HFF_TILE(7) _tile_loadd(7, p, stride_bytes);
+}
+template <int I, int A, int B>
+HFF_INLINE void tile_dot() {
+  static_assert(A == 4 + I / 2 && B == 6 + I % 2, "tiles are fixed: see multiply_tiles");
+  HFF_TILE(0) _tile_dpbf16ps(0, 4, 6);
+  HFF_TILE(1) _tile_dpbf16ps(1, 4, 7);
+  HFF_TILE(2) _tile_dpbf16ps(2, 5, 6);
+  HFF_TILE(3) _tile_dpbf16ps(3, 5, 7);
+}
+template <int I>
+HFF_INLINE void tile_store(float* p, int64_t stride_bytes) {
+  HFF_TILE(0) _tile_stored(0, p, stride_bytes);
+  HFF_TILE(1) _tile_stored(1, p, stride_bytes);
+  HFF_TILE(2) _tile_stored(2, p, stride_bytes);
+  HFF_TILE(3) _tile_stored(3, p, stride_bytes);
+}
+#undef HFF_TILE
+#endif
+
+// Tiles 0 .. 3 += a (32 rows, or 16) times one panel.
+template <bool kTwo>
+HFF_INLINE void add_tiles(const bf16* a, int64_t stride, const bf16* panel, int64_t depth) {
+  constexpr int64_t kPairBytes = kPanel * 2 * sizeof(bf16);
+  const int64_t stride_bytes = stride * static_cast<int64_t>(sizeof(bf16));
+  for (int64_t k = 0; k < depth; k += kTileDepth) {
+    tile_load<4>(a + k, stride_bytes);
+    tile_load<6>(panel + k * kPanel, kPairBytes);
+    tile_load<7>(panel + k * kPanel + 2 * kLanes, kPairBytes);
+    tile_dot<0, 4, 6>();
+    tile_dot<1, 4, 7>();
+    if constexpr (kTwo) {
+      tile_load<5>(a + 16 * stride + k, stride_bytes);
+      tile_dot<2, 5, 6>();
+      tile_dot<3, 5, 7>();
+    }
+  }
+}
+
+template <class P, bool kTwo>
+static void multiply_tiles(const bf16* a, int64_t stride, const bf16* panel, int64_t cols,
+                           float* c) {
+  const int64_t depth = P::padded(cols);
+  tile_zero<0>();
+  tile_zero<1>();
+  if constexpr (kTwo) {
+    tile_zero<2>();
+    tile_zero<3>();
+  }
+  add_tiles<kTwo>(a, stride, panel, depth);
+  if constexpr (P::kParts == 2) {
+    add_tiles<kTwo>(a, stride, panel + depth * kPanel, depth);
+    add_tiles<kTwo>(a + depth, stride, panel, depth);
+  }
+  constexpr int64_t kRowBytes = kPanel * sizeof(float);
+  tile_store<0>(c, kRowBytes);
+  tile_store<1>(c + 16, kRowBytes);
+  if constexpr (kTwo) {
+    tile_store<2>(c + 16 * kPanel, kRowBytes);
+    tile_store<3>(c + 16 * kPanel + 16, kRowBytes);
+  }
+}
+
+// Whether the tiles of this CPU compute what they should.
+static bool tiles_work() {
+  const TileScope scope;
+  bf16 a[32 * kTileDepth], panel[kTileDepth * kPanel];
+  float c[32 * kPanel];
+  for (int i = 0; i < 32 * kTileDepth; ++i) from_float(static_cast<float>(i % 7 - 3), a + i);
+  for (int i = 0; i < kTileDepth * kPanel; ++i)
+    from_float(static_cast<float>(i % 5 - 2), panel + i);
+  multiply_tiles<Pairs, true>(a, kTileDepth, panel, kTileDepth, c);
+  for (int r = 0; r < 32; ++r) {
+    for (int j = 0; j < kPanel; ++j) {
+      float want = 0.0f;
+      for (int k = 0; k < kTileDepth; ++k)
+        want += to_float(a[r * kTileDepth + k]) * to_float(panel[(k / 2 * kPanel + j) * 2 + k % 2]);
+      if (c[r * kPanel + j] != want) return false;
+    }
+  }
+  return true;
+}
+
+}  // namespace HFF_ISA
+}  // namespace hff
+#else
+namespace hff {
+namespace HFF_ISA {
+struct TileScope {  // nothing to configure
+  TileScope() {}
+};
+}  // namespace HFF_ISA
+}  // namespace hff
+#endif
