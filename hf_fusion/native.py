@@ -20,6 +20,7 @@ from .report import FusionError, Reason
 
 ABI_VERSION = 2
 MAX_HEAD_DIM = 256
+SAMPLED_ROWS = 8
 
 OK, INVALID, UNSUPPORTED, OUT_OF_MEMORY, OUT_OF_RANGE, INTERNAL = range(6)
 F32, BF16, F16 = range(3)

@@ -1,9 +1,10 @@
 """Packed copies of weights: made once, counted in bytes, and noticed when what they copy has changed.
 
 A copy is trusted while the instruction set, the precision that chose its panels, and the version counters of the
-tensors are what they were, and while a sample of the weights is: every check reads one cache line of each row, another
-one each time. A write that passes by the version counter (`.data`) is noticed at once where it touches whole rows, and
-within a row's number of cache lines of calls wherever it is.
+tensors are what they were, and while a sample of the weights is: every check reads one cache line of every eighth row,
+others each time. A write that passes by the version counter (`.data`) is noticed at once where it touches a whole
+matrix, within eight calls where it touches whole rows, and within eight times a row's cache lines wherever it is;
+`packed=False` has no copies and no such delay.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ class PackedWeights:
         self._sampled = (native.Linear * len(linears))(*linears)
         self._versions = self._versions_now()
         lines = max(-(-w.shape[1] * w.element_size() // _LINE) for w in weights)
-        self._samples = [self._sample(phase) for phase in range(lines)]
+        self._samples = [self._sample(phase) for phase in range(native.SAMPLED_ROWS * lines)]
         self._phase = 0
 
     def _precision_now(self) -> int:

@@ -271,12 +271,12 @@ static void fold_chunk(const T* keys, const T* values, int64_t stride, const int
   F total = zero();
   for (int64_t j = n; j < pad_lanes(n); ++j) scores[j] = -__builtin_inff();
   for (int64_t j = 0; j < n; j += kLanes) {
-    const F weight = exp(sub(load(scores + j), set1(top)));
+    const F weight = exp_negative(sub(load(scores + j), set1(top)));
     store(weight, scores + j);
     total = add(total, keep_first(weight, n - j));
   }
   float decay[kLanes];
-  store(exp(set1(state->top - top)), decay);
+  store(exp_negative(set1(state->top - top)), decay);
   state->total = state->total * decay[0] + sum(total);
   state->top = top;
   add_values(values, stride, list, scores, n, decay[0], dim, state->context);
@@ -325,8 +325,8 @@ static void merge_partials(const float* p, int64_t splits, int64_t dim, Softmax*
     if (part[1] == 0.0f) continue;
     const float top = part[0] > state->top ? part[0] : state->top;
     float factors[2 * kLanes];
-    store(exp(set1(state->top - top)), factors);
-    store(exp(set1(part[0] - top)), factors + kLanes);
+    store(exp_negative(set1(state->top - top)), factors);
+    store(exp_negative(set1(part[0] - top)), factors + kLanes);
     state->total = state->total * factors[0] + part[1] * factors[kLanes];
     state->top = top;
     for (int64_t d = 0; d < dim; d += kLanes) {

@@ -123,7 +123,7 @@ struct LayerPass {
       float* values = y + r * kMaxBlockRows;
       for (int64_t i = 0; i < end - begin; i += kLanes) {
         const int64_t n = end - begin - i < kLanes ? end - begin - i : kLanes;
-        store_n(activate(load_n(values + i, n), block.activation), values + i, n);
+        store_n(activate<T>(load_n(values + i, n), block.activation), values + i, n);
       }
       if (stage == HFF_STAGE_ATTENTION_UP) {
         store_rows(values, end - begin,

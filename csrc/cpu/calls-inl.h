@@ -87,7 +87,7 @@ struct LinearRun {
     T* out = static_cast<T*>(io.out.data) + row * linear.rows + begin;
     for (int64_t i = 0; i < n; i += kLanes) {
       const int64_t left = n - i < kLanes ? n - i : kLanes;
-      store_n(activate(load_n(values + i, left), io.activation), out + i, left);
+      store_n(activate<T>(load_n(values + i, left), io.activation), out + i, left);
     }
   }
 };

@@ -167,12 +167,12 @@ HFF_INLINE void soften(float* scores, float* top, float* total, float* context, 
   peak = *top > peak ? *top : peak;
   F added = zero();
   for (int64_t u = 0; u < kChunk; u += kLanes) {
-    const F weight = exp(sub(load(scores + u), set1(peak)));
+    const F weight = exp_negative(sub(load(scores + u), set1(peak)));
     store(weight, scores + u);
     added = add(added, weight);
   }
   if (peak != *top) {
-    const F decay = exp(set1(*top - peak));
+    const F decay = exp_negative(set1(*top - peak));
     float factor[kLanes];
     store(decay, factor);
     *total *= factor[0];

@@ -234,7 +234,7 @@ HFF_INLINE void finish_tile(const hff_linear& linear, int32_t activation, int64_
     const int64_t n = columns - j < kLanes ? columns - j : kLanes;
     const F b = bias != nullptr ? load_n(bias + column + j, n) : zero();
     for (int64_t r = 0; r < rows; ++r) {
-      sink(row + r, column + j, n, activate(add(load(c + r * kPanel + j), b), activation));
+      sink(row + r, column + j, n, activate<T>(add(load(c + r * kPanel + j), b), activation));
     }
   }
 }

@@ -19,6 +19,7 @@ extern "C" {
 
 #define HFF_ABI_VERSION 2
 #define HFF_MAX_HEAD_DIM 256
+#define HFF_SAMPLED_ROWS 8
 
 #if defined(_WIN32)
 #define HFF_API __declspec(dllexport)
@@ -227,9 +228,9 @@ HFF_API int64_t hff_packed_bytes(int32_t dtype, int32_t precision, int64_t rows,
 HFF_API hff_status hff_pack(const hff_linear*, int32_t dtype, int32_t precision, int32_t threads,
                             const hff_output* packed);
 
-/* A number that depends on one 64-byte line of every row of `count` matrices, with `phase` on another:
- * a cheap look for changed weights; phases 0 .. lines of the longest row - 1 see every element. 0
- * where a struct contradicts itself. */
+/* A number that depends on one 64-byte line of every HFF_SAMPLED_ROWS-th row of `count` matrices,
+ * with `phase` on others: a cheap look for changed weights. The phases from 0 to HFF_SAMPLED_ROWS
+ * times the lines of the longest row see every element. 0 where a struct contradicts itself. */
 HFF_API uint64_t hff_fingerprint(const hff_linear*, int64_t count, int32_t dtype, int64_t phase);
 
 /* Adds `tokens` to the length of `count` caches, each once, or to none: HFF_OUT_OF_RANGE where one
