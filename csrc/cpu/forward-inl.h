@@ -79,6 +79,8 @@ struct GemmModelRun {
                      &run.barrier, thread, width, nullptr)
           .run();
     }
+    // norm_out fills other rows of `normed` than a thread's own, which a post-norm layer ends in
+    if (run.kept() > 0 && run.last == nullptr) run.barrier.wait();
     for (int64_t r = first; r < end; ++r) run.norm_out(r, thread);
     if (run.kept() == 0) return;
     run.barrier.wait();
