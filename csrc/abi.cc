@@ -80,14 +80,14 @@ hff_status hff_block_forward(const hff_call* call, const hff_block* block, const
 
 hff_status hff_attention_forward(const hff_call* call, const hff_heads* heads,
                                  const hff_cache* cache, const hff_attention_io* io) {
-  HFF_REQUIRE(call != nullptr && heads != nullptr && cache != nullptr && io != nullptr,
+  HFF_REQUIRE(call != nullptr && heads != nullptr && io != nullptr,
               "a struct of hff_attention_forward is null");
   HFF_TRY(check_call(*call));
   HFF_TRY(check_heads(*heads));
   HFF_TRY(check_attention_io(*io, *call, *heads));
   HFF_TRY(check_keys(cache, *call, *heads));
   HFF_TRY(check_positions(*call, heads->rotary_dim));
-  return dispatch(&Backend::attention, *call, *heads, *cache, *io);
+  return dispatch(&Backend::attention, *call, *heads, cache, *io);
 }
 
 hff_status hff_linear_forward(const hff_linear* linear, const hff_linear_io* io) {

@@ -365,7 +365,7 @@ inline hff_status check_block_io(const hff_block_io& io, const hff_call& call, c
 inline hff_status check_attention_io(const hff_attention_io& io, const hff_call& call,
                                      const hff_heads& h) {
   const int64_t size = element_bytes(call.dtype);
-  const Size rows = Size(call.batch) * Size(call.queries), width = qkv_rows(h);
+  const Size rows = rows_of(call), width = qkv_rows(h);
   HFF_REQUIRE(io.struct_size == sizeof(hff_attention_io),
               "hff_attention_io has another size for the caller");
   HFF_REQUIRE(width.fits(io.qkv_row_stride), "qkv_row_stride is %lld, shorter than a row",

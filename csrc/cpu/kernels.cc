@@ -63,7 +63,7 @@ static hff_status block(const hff_call& call, const hff_block& layer, const hff_
                         const hff_block_io& io) {
   HFF_DISPATCH(call.dtype, block_call, call, layer, cache, io);
 }
-static hff_status attention(const hff_call& call, const hff_heads& heads, const hff_cache& cache,
+static hff_status attention(const hff_call& call, const hff_heads& heads, const hff_cache* cache,
                             const hff_attention_io& io) {
   HFF_DISPATCH(call.dtype, attention_call, call, heads, cache, io);
 }

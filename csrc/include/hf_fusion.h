@@ -181,7 +181,8 @@ typedef struct {
 /* Projected q, k, v in, context out; RoPE is applied and k, v are appended to the cache on the way.
  * qkv: (rows, (heads + 2 kv_heads) * head_dim) with qkv_row_stride, laid out as heads.qkv_layout
  * says.
- * out: (rows, heads * head_dim) contiguous. Any number of rows; no (queries, keys) array. */
+ * out: (rows, heads * head_dim) contiguous. Any number of rows; no (queries, keys) array. The cache
+ * may be null: then nothing is kept, and queries see the call's own keys. */
 typedef struct {
   uint64_t struct_size;
   hff_input qkv;
