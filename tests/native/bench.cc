@@ -17,10 +17,14 @@ struct Bench {
 };
 
 std::vector<Bench> benches() {
-  Design norm, linear, head, attention, block, decode;
+  Design norm, linear, head, rows, attention, block, decode;
   norm.hidden = 768, norm.batch = 16;
   linear.hidden = 768, linear.width = 3072, linear.batch = 1;
   head.hidden = 768, head.width = 50304, head.batch = 1;
+  rows = linear;
+  rows.batch = 197;
+  Design packed = rows;
+  packed.packed = true;
   attention.hidden = 768, attention.heads = 12, attention.past = 1500, attention.queries = 1,
   attention.batch = 1;
   block = attention;
@@ -29,13 +33,20 @@ std::vector<Bench> benches() {
   decode.layers = 12, decode.vocab = 50304;
   Design decode4 = decode;
   decode4.batch = 4;
+  Design prompt = block, encoder = block;
+  prompt.past = 0, prompt.queries = 128;
+  encoder.past = -1, encoder.queries = 197, encoder.packed = true;
   return {{"norm 16 x 768", kKernels[0], norm},
           {"linear 768 -> 3072", kKernels[1], linear},
           {"linear 768 -> 50304", kKernels[1], head},
+          {"linear 768 -> 3072, 197 rows", kKernels[1], rows},
+          {"the same, packed", kKernels[1], packed},
           {"attention 12 x 64, past 1500", kKernels[2], attention},
           {"block 160m, past 128", kKernels[3], block},
-          {"decode 160m, past 128", kKernels[4], decode},
-          {"decode 160m, batch 4", kKernels[4], decode4}};
+          {"block 160m, prompt of 128", kKernels[3], prompt},
+          {"block 160m, 197 rows, packed", kKernels[3], encoder},
+          {"model 160m, past 128", kKernels[4], decode},
+          {"model 160m, batch 4", kKernels[4], decode4}};
 }
 
 double median(std::vector<double> values) {
@@ -60,7 +71,7 @@ bool run_bench(const Options& options, const std::string& isa) {
       const auto c = bench.kernel.make(random, design);
       c->compute_reference();
       for (Buffer& buffer : c->arena.buffers()) hff_huge_pages(buffer.data, buffer.bytes);
-      c->arena.seal();
+      c->seal();
       std::vector<double> seconds, streams;
       std::string failure;
       for (int64_t i = 0; i < options.count(11) && failure.empty(); ++i) {

@@ -118,6 +118,8 @@ class Arena {
   }
 
   Array input(int32_t dtype, int64_t count) { return add(dtype, count, false); }
+  // `bytes` bytes at a line of the cache, an input; `out`: an output.
+  Array panels(int64_t bytes, bool out = false) { return add(kBool, bytes, out, 64); }
   // Filled with NaN (or, for integers, the canary).
   Array output(int32_t dtype, int64_t count) {
     Array array = add(dtype, count, true);
@@ -175,14 +177,15 @@ class Arena {
   std::vector<Buffer>& buffers() { return buffers_; }
 
  private:
-  Array add(int32_t dtype, int64_t count, bool output) {
+  Array add(int32_t dtype, int64_t count, bool output, int64_t alignment = 1) {
     Buffer buffer;
     buffer.bytes = count * element_size(dtype);
     buffer.output = output;
     buffer.page_bytes = PagePool::rounded(buffer.bytes);
     buffer.pages = PagePool::acquire(buffer.page_bytes);
     const bool at_end = random_->chance(0.5);
-    buffer.data = at_end ? buffer.pages + buffer.page_bytes - buffer.bytes : buffer.pages;
+    const int64_t end = (buffer.page_bytes - buffer.bytes) / alignment * alignment;
+    buffer.data = buffer.pages + (at_end ? end : 0);
     std::memset(buffer.pages, kCanary, static_cast<size_t>(buffer.page_bytes));
     buffers_.push_back(buffer);
     Array array;

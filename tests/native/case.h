@@ -24,6 +24,7 @@ struct Result {
   std::vector<double> exact;
   std::vector<std::vector<double>> stock;  // samples: orders of summation, luck of rounding
   double allowance = 0;  // absolute, derived by the case where sums are long; 0 elsewhere
+  bool halves = false;   // fp32 by products of bf16: judged as bf16
 };
 
 // An input whose numbers a case may be spoilt with before it is sealed: rows of `width` elements.
@@ -42,7 +43,17 @@ struct Indices {
 
 // A pointer into a copied struct that a fuzzer may change.
 struct Field {
-  enum Kind { kSize, kEnum, kBytes, kPointer, kFloat, kStructSize, kThreads, kCell } kind;
+  enum Kind {
+    kSize,
+    kEnum,
+    kBytes,
+    kPointer,
+    kFloat,
+    kStructSize,
+    kThreads,
+    kCell,
+    kPanels  // an hff_input of packed weights
+  } kind;
   void* where;
   const char* name;
 };
@@ -55,16 +66,30 @@ class Case {
   virtual const char* kernel() const = 0;
   virtual std::string shape() const = 0;
   virtual int32_t dtype() const = 0;
+  virtual int32_t precision() const { return HFF_PRECISION_HIGHEST; }
+  virtual std::vector<LinearData*> linears() { return {}; }
   // Rows that the kernel promises to treat alone: `count` of them from `first` on.
   virtual int64_t independent_rows() const = 0;
+  // Fewest of them that run through the same kernels as all do.
+  virtual int64_t fewest_alike() const { return 1; }
   virtual hff_status call_rows(int64_t first, int64_t count, int32_t threads) = 0;
-  virtual void compute_reference() = 0;
+  // The truth, and samples of stock's error where `judged` by it.
+  virtual void compute_reference(bool judged = true) = 0;
+  // Sequences may be empty: whether these batch rows hold any row at all.
+  virtual bool has_rows(int64_t, int64_t) const { return true; }
   // Calls with structs that `change` may spoil.
   virtual hff_status call_changed(const std::function<void(std::vector<Field>&)>& change) = 0;
   // Bytes that must cross from memory once per call: weights, and the cache as far as it is read.
   virtual int64_t bytes_read() const = 0;
 
   hff_status call(int32_t threads) { return call_rows(0, independent_rows(), threads); }
+  // Packs the weights that are to be packed; then inputs are read-only.
+  void seal() {
+    for (LinearData* linear : linears()) {
+      if (linear->wants_panels) linear->pack(arena, precision());
+    }
+    arena.seal();
+  }
   // To the state before the first call.
   void restore() { arena.restore(); }
 
@@ -79,6 +104,9 @@ class Case {
   std::vector<Indices> indices;
 };
 
+// What products under the chosen instruction set may see of fp32 operands.
+Parts parts_of(int32_t dtype, int32_t precision);
+
 // Runs Derived::evaluate(arithmetic) for the truth and for stock, and stores the values in
 // `results`. evaluate returns one vector per result, in order; `free` marks come with the truth.
 template <class Derived>
@@ -86,29 +114,32 @@ class CaseOf : public Case {
  public:
   using Case::Case;
 
-  void compute_reference() override {
+  void compute_reference(bool judged) override {
     auto& self = static_cast<Derived&>(*this);
     const auto exact = self.evaluate(Exact{}, true);
     for (size_t r = 0; r < results.size(); ++r)
-      results[r].exact.assign(exact[r].begin(), exact[r].end());
-    add_stock({dtype(), false, nullptr});
+      results[r].exact.assign(exact[r].begin(), exact[r].end()), results[r].stock.clear();
+    if (!judged) return;
+    const Parts parts = parts_of(dtype(), precision());
+    for (Result& result : results) result.halves = parts == Parts::kOne;
+    add_stock({dtype(), false, nullptr, parts});
     // Rounding to 16 bits hides the order of fp32 sums.
-    if (dtype() == HFF_F32) add_stock({dtype(), true, nullptr});
+    if (dtype() == HFF_F32) add_stock({dtype(), true, nullptr, parts});
     int64_t fewest = independent_errors;
     for (const Result& result : results) {
       fewest = std::min(fewest, static_cast<int64_t>(result.at.size()));
     }
     Random luck(7);
-    for (int sample = 0; fewest < kFewErrors && sample < kSamples; ++sample) {
-      add_stock({dtype(), false, &luck});
+    const int64_t samples = std::min(kSamples, 2 * kFewErrors / fewest);
+    for (int64_t sample = 0; fewest < kFewErrors && sample < samples; ++sample) {
+      add_stock({dtype(), false, &luck, parts});
     }
   }
 
  private:
   // The largest of 64 errors scatters by a fifth; one error, by itself. The largest of 16 more
-  // samples is about twice the standard deviation.
-  static constexpr int64_t kFewErrors = 64;
-  static constexpr int kSamples = 16;
+  // samples is about twice the standard deviation; fewer do where each holds several errors.
+  static constexpr int64_t kFewErrors = 64, kSamples = 16;
 
   void add_stock(const Stock& arithmetic) {
     const auto stock = static_cast<Derived&>(*this).evaluate(arithmetic, false);
@@ -119,7 +150,7 @@ class CaseOf : public Case {
 };
 
 inline Result contiguous(std::string name, const Array& array) {
-  Result result{std::move(name), array, {}, {}, {}, {}, 0};
+  Result result{std::move(name), array, {}, {}, {}, {}, 0, false};
   for (int64_t i = 0; i < array.count; ++i) result.at.push_back(i);
   return result;
 }
@@ -127,7 +158,7 @@ inline Result contiguous(std::string name, const Array& array) {
 // The elements of a cache that a call appends, in the order of Attended::keys.
 inline Result appended(std::string name, const Array& array, const CacheData& cache,
                        int64_t queries) {
-  Result result{std::move(name), array, {}, {}, {}, {}, 0};
+  Result result{std::move(name), array, {}, {}, {}, {}, 0, false};
   for (int64_t b = 0; b < cache.batch; ++b) {
     for (int64_t head = 0; head < cache.heads; ++head) {
       for (int64_t t = cache.past; t < cache.past + queries; ++t) {
@@ -174,24 +205,24 @@ struct Design {
   bool exact = false;  // integers (linear) or one visible key (attention): bit equality is asked
   // Benchmarks: fixed shapes.
   int64_t hidden = 0, width = 0, heads = 0, past = -1, queries = 0, batch = 0, layers = 0,
-          vocab = 0;
+          vocab = 0;  // past -1: no cache
+  bool packed = false;
 };
 
 std::unique_ptr<Case> make_norm(Random& random, const Design& design);
 std::unique_ptr<Case> make_linear(Random& random, const Design& design);
 std::unique_ptr<Case> make_attention(Random& random, const Design& design);
 std::unique_ptr<Case> make_block(Random& random, const Design& design);
-std::unique_ptr<Case> make_decode(Random& random, const Design& design);
+std::unique_ptr<Case> make_model(Random& random, const Design& design);
+std::unique_ptr<Case> make_pack(Random& random, const Design& design);
 
 struct Kernel {
   const char* name;
   std::unique_ptr<Case> (*make)(Random&, const Design&);
 };
-constexpr Kernel kKernels[] = {{"norm", make_norm},
-                               {"linear", make_linear},
-                               {"attention", make_attention},
-                               {"block", make_block},
-                               {"decode", make_decode}};
+constexpr Kernel kKernels[] = {{"norm", make_norm},           {"linear", make_linear},
+                               {"attention", make_attention}, {"block", make_block},
+                               {"model", make_model},         {"pack", make_pack}};
 
 std::string describe(const CallData& call, const HeadsData& heads);
 
@@ -208,10 +239,14 @@ void list_fields(std::vector<Field>& fields, hff_output& output, const char* nam
 int32_t draw_dtype(Random& random, const Design& design);
 // NaN and Inf into the keys and values of every past token that no query of its batch row sees.
 void spoil_unseen(Random& random, const CallData& call, const CacheData& cache);
-// batch and queries with batch * queries <= 16, context, causality, positions, rotary tables and
-// mask
+int32_t draw_precision(Random& random);
+// Few rows or many, with a cache or without, ragged or not (then without RoPE), causality, positions,
+// rotary tables and mask.
 CallData draw_call(Random& random, Arena& arena, const Design& design, int32_t dtype,
-                   const HeadsData& heads, bool many_queries, bool one_for_all);
+                   HeadsData& heads, bool one_for_all);
+// The cache of a call, appended rows among the results; nothing for a call without.
+CacheData draw_cache(Random& random, Case& c, const Design& design, const CallData& call,
+                     const HeadsData& heads);
 
 }  // namespace hff_test
 #endif

@@ -1,4 +1,4 @@
-// hff_attention_forward: RoPE, cache append and masked softmax attention from projected q, k, v.
+// hff_attention_forward: RoPE, append to the cache if there is one, and masked softmax attention from projected q, k, v.
 #include "case.h"
 
 namespace hff_test {
@@ -15,29 +15,28 @@ class AttentionCase : public CaseOf<AttentionCase> {
       heads_.rotary_dim = heads_.head_dim / 4 / 2 * 2;
       heads_.layout = HFF_QKV_PER_HEAD;
     }
-    call_ = draw_call(random, arena, design, dtype_, heads_, true, false);
+    call_ = draw_call(random, arena, design, dtype_, heads_, false);
     if (design.exact) show_one_key(random);
-    cache_ =
-        CacheData::random(random, arena, dtype_, call_.batch, heads_, call_.past, call_.queries);
+    cache_ = draw_cache(random, *this, design, call_, heads_);
     stride_ = heads_.qkv_width() + (random.chance(0.3) ? random.range(1, 7) : 0);
     qkv_ = arena.input(dtype_, (call_.rows() - 1) * stride_ + heads_.qkv_width());
     fill_uniform(random, qkv_, random.pick({1.7, 1.7, 4.0}));
     out_ = arena.output(dtype_, call_.rows() * heads_.width());
     results.push_back(contiguous("out", out_));
-    results.push_back(appended("keys", cache_.keys, cache_, call_.queries));
-    results.push_back(appended("values", cache_.values, cache_, call_.queries));
-    lengths.push_back(cache_.length);
-    queries = call_.queries;
+    if (call_.cached) results.push_back(appended("keys", cache_.keys, cache_, call_.queries));
+    if (call_.cached) results.push_back(appended("values", cache_.values, cache_, call_.queries));
     independent_errors = call_.rows() * heads_.heads;  // a score errs for its whole head
     if (call_.positions)
       indices.push_back({call_.positions, call_.rope_rows, heads_.rotary_dim > 0});
     spots = {{"qkv", qkv_, stride_}};
-    if (design.nan_behind_mask) spoil_unseen(random, call_, cache_);
   }
 
   const char* kernel() const override { return "attention"; }
   int32_t dtype() const override { return dtype_; }
   int64_t independent_rows() const override { return call_.batch; }
+  bool has_rows(int64_t first, int64_t count) const override {
+    return call_.first_row(first + count) > call_.first_row(first);
+  }
   int64_t bytes_read() const override {
     return 2 * call_.batch * heads_.kv_heads * call_.keys() * heads_.head_dim *
            element_size(dtype_);
@@ -51,24 +50,26 @@ class AttentionCase : public CaseOf<AttentionCase> {
     const hff_call call = call_.abi(threads, first, count);
     const hff_cache cache = cache_.abi(first);
     const hff_attention_io io = make_io(first);
-    return hff_attention_forward(&call, &heads, &cache, &io);
+    return hff_attention_forward(&call, &heads, call_.cached ? &cache : nullptr, &io);
   }
 
   hff_status call_changed(const std::function<void(std::vector<Field>&)>& change) override {
     hff_heads heads = heads_.abi();
-    hff_call call = call_.abi(1, 0, call_.batch);
+    hff_call call = call_.abi(1, 0, call_.batch, true);
     hff_cache cache = cache_.abi();
     hff_attention_io io = make_io(0);
     std::vector<Field> fields;
     list_fields(fields, call);
     list_fields(fields, heads);
-    list_fields(fields, cache);
+    hff_cache* given = call_.cached ? &cache : nullptr;
+    if (given) list_fields(fields, cache);
+    fields.push_back({Field::kPointer, &given, "cache"});
     fields.push_back({Field::kStructSize, &io.struct_size, "io.struct_size"});
     list_fields(fields, io.qkv, "io.qkv");
     fields.push_back({Field::kSize, &io.qkv_row_stride, "io.qkv_row_stride"});
     list_fields(fields, io.out, "io.out");
     change(fields);
-    return hff_attention_forward(&call, &heads, &cache, &io);
+    return hff_attention_forward(&call, &heads, given, &io);
   }
 
   template <class A>
@@ -81,12 +82,17 @@ class AttentionCase : public CaseOf<AttentionCase> {
     }
     const Attended<A> attended = attend(a, heads_, call_, cache_, qkv);
     if (mark) results[0].free = spread(attended.all_masked, heads_.width());
+    if (!call_.cached) return {flatten<A>(attended.context)};
     return {flatten<A>(attended.context), attended.keys, attended.values};
   }
 
  private:
   // The softmax of one score is 1: the context is that key's value, bit for bit.
   void show_one_key(Random& random) {
+    if (call_.starts) {  // no mask: sequences of one row
+      for (int64_t b = 0; b <= call_.batch; ++b) call_.starts.set(b, static_cast<double>(b));
+      return;
+    }
     if (call_.mask.kind == HFF_MASK_NONE) fill_mask(random, arena, call_, HFF_MASK_BOOL, false);
     const MaskData& mask = call_.mask;
     for (int64_t b = 0; b < call_.batch; ++b) {
@@ -104,9 +110,9 @@ class AttentionCase : public CaseOf<AttentionCase> {
   hff_attention_io make_io(int64_t first) const {
     hff_attention_io io = {};
     io.struct_size = sizeof io;
-    io.qkv = qkv_.input_from(first * call_.queries * stride_);
+    io.qkv = qkv_.input_from(call_.first_row(first) * stride_);
     io.qkv_row_stride = stride_;
-    io.out = out_.output_from(first * call_.queries * heads_.width());
+    io.out = out_.output_from(call_.first_row(first) * heads_.width());
     return io;
   }
 
@@ -122,8 +128,10 @@ class AttentionCase : public CaseOf<AttentionCase> {
 
 std::string describe(const CallData& call, const HeadsData& heads) {
   const char* masks[] = {"none", "bool", "int64", "additive"};
-  return std::string(dtype_name(call.dtype)) + " batch " + std::to_string(call.batch) +
-         " queries " + std::to_string(call.queries) + " past " + std::to_string(call.past) +
+  return std::string(dtype_name(call.dtype)) + " precision " + std::to_string(call.precision) +
+         " batch " + std::to_string(call.batch) + " queries " + std::to_string(call.queries) +
+         (call.cached ? " past " + std::to_string(call.past) : " no cache") +
+         (call.starts ? " ragged rows " + std::to_string(call.rows()) : "") +
          (call.causal ? " causal" : "") + " heads " + std::to_string(heads.heads) + "/" +
          std::to_string(heads.kv_heads) + " dim " + std::to_string(heads.head_dim) + " rotary " +
          std::to_string(heads.rotary_dim) +

@@ -24,14 +24,16 @@ class BlockCase : public CaseOf<BlockCase> {
     }
     stage_ = designed ? HFF_STAGE_FULL
                       : static_cast<int32_t>(random.range(HFF_STAGE_ATTENTION, HFF_STAGE_FULL));
-    call_ = draw_call(random, arena, design, dtype_, heads, false, false);
-    block_ =
-        BlockData::random(random, arena, dtype_, heads, hidden, mlp,
-                          random.pick<int32_t>({HFF_RESIDUAL_PARALLEL, HFF_RESIDUAL_SEQUENTIAL}),
-                          static_cast<int32_t>(random.range(HFF_ACT_NONE, HFF_ACT_SILU)),
-                          random.pick<int32_t>({HFF_NORM_LAYER, HFF_NORM_RMS}));
-    cache_ =
-        CacheData::random(random, arena, dtype_, call_.batch, heads, call_.past, call_.queries);
+    call_ = draw_call(random, arena, design, dtype_, heads, false);
+    if (call_.rows() > CallData::kFewRows && !designed) mlp = std::min<int64_t>(mlp, 200);
+    block_ = BlockData::random(random, arena, dtype_, heads, hidden, mlp,
+                               designed ? HFF_RESIDUAL_PARALLEL
+                                        : static_cast<int32_t>(random.range(
+                                              HFF_RESIDUAL_PARALLEL, HFF_RESIDUAL_POST_NORM)),
+                               static_cast<int32_t>(random.range(HFF_ACT_NONE, HFF_ACT_SILU)),
+                               random.pick<int32_t>({HFF_NORM_LAYER, HFF_NORM_RMS}));
+    for (LinearData* l : linears()) l->wants_panels &= !designed || design.packed;
+    cache_ = draw_cache(random, *this, design, call_, heads);
     x_ = arena.input(dtype_, call_.rows() * hidden);
     fill_normal(random, x_, 0.0, 1.0);
     if (stage_ == HFF_STAGE_FULL) {
@@ -45,30 +47,34 @@ class BlockCase : public CaseOf<BlockCase> {
       up_out_ = arena.output(dtype_, call_.rows() * mlp);
       results.push_back(contiguous("up_out", up_out_));
     }
-    results.push_back(appended("keys", cache_.keys, cache_, call_.queries));
-    results.push_back(appended("values", cache_.values, cache_, call_.queries));
-    lengths.push_back(cache_.length);
-    queries = call_.queries;
+    if (call_.cached) results.push_back(appended("keys", cache_.keys, cache_, call_.queries));
+    if (call_.cached) results.push_back(appended("values", cache_.values, cache_, call_.queries));
     if (call_.positions)
       indices.push_back({call_.positions, call_.rope_rows, block_.heads.rotary_dim > 0});
     spots = {{"x", x_, hidden}};
-    if (design.nan_behind_mask) spoil_unseen(random, call_, cache_);
   }
 
   const char* kernel() const override { return "block"; }
   int32_t dtype() const override { return dtype_; }
+  int32_t precision() const override { return call_.precision; }
+  std::vector<LinearData*> linears() override { return block_.linears(); }
   int64_t independent_rows() const override { return call_.batch; }
+  bool has_rows(int64_t first, int64_t count) const override {
+    return call_.first_row(first + count) > call_.first_row(first);
+  }
+  int64_t fewest_alike() const override { return call_.fewest_alike(block_.row_kernels()); }
   int64_t bytes_read() const override {
     const HeadsData& h = block_.heads;
-    return block_.qkv.weight.bytes() + block_.o.weight.bytes() + block_.up.weight.bytes() +
-           block_.down.weight.bytes() +
+    return block_.weight_bytes() +
            2 * call_.batch * h.kv_heads * call_.keys() * h.head_dim * element_size(dtype_);
   }
   std::string shape() const override {
+    constexpr const char* kResiduals[] = {" parallel", " sequential", " post-norm"};
     return describe(call_, block_.heads) + " hidden " + std::to_string(block_.hidden) + " mlp " +
-           std::to_string(block_.mlp_width) + (block_.residual ? " sequential" : " parallel") +
-           " activation " + std::to_string(block_.activation) +
-           (block_.attention_norm.kind ? " rms" : " layer") + " stage " + std::to_string(stage_);
+           std::to_string(block_.mlp_width) + kResiduals[block_.residual] +
+           (block_.separate() ? " q, k, v" : " qkv") + " activation " +
+           std::to_string(block_.activation) + (block_.attention_norm.kind ? " rms" : " layer") +
+           " stage " + std::to_string(stage_);
   }
 
   hff_status call_rows(int64_t first, int64_t count, int32_t threads) override {
@@ -76,18 +82,20 @@ class BlockCase : public CaseOf<BlockCase> {
     const hff_call call = call_.abi(threads, first, count);
     const hff_cache cache = cache_.abi(first);
     const hff_block_io io = make_io(first);
-    return hff_block_forward(&call, &block, &cache, &io);
+    return hff_block_forward(&call, &block, call_.cached ? &cache : nullptr, &io);
   }
 
   hff_status call_changed(const std::function<void(std::vector<Field>&)>& change) override {
     hff_block block = block_.abi();
-    hff_call call = call_.abi(1, 0, call_.batch);
+    hff_call call = call_.abi(1, 0, call_.batch, true);
     hff_cache cache = cache_.abi();
     hff_block_io io = make_io(0);
     std::vector<Field> fields;
     list_fields(fields, call);
     list_fields(fields, block);
-    list_fields(fields, cache);
+    hff_cache* given = call_.cached ? &cache : nullptr;
+    if (given) list_fields(fields, cache);
+    fields.push_back({Field::kPointer, &given, "cache"});
     fields.push_back({Field::kStructSize, &io.struct_size, "io.struct_size"});
     fields.push_back({Field::kEnum, &io.stage, "io.stage"});
     list_fields(fields, io.x, "io.x");
@@ -95,33 +103,30 @@ class BlockCase : public CaseOf<BlockCase> {
     list_fields(fields, io.up_out, "io.up_out");
     list_fields(fields, io.out, "io.out");
     change(fields);
-    return hff_block_forward(&call, &block, &cache, &io);
+    return hff_block_forward(&call, &block, given, &io);
   }
 
   template <class A>
   std::vector<Row<A>> evaluate(const A& a, bool mark) {
     const BlockResult<A> r =
         block(a, block_, call_, cache_, read_rows<A>(x_, call_.rows(), block_.hidden));
-    // With HFF_STAGE_ATTENTION, x is not added.
-    const Rows<A> attention =
-        stage_ == HFF_STAGE_ATTENTION ? linear(a, block_.o, r.attended.context) : r.attention;
+    const Rows<A>& attention = stage_ == HFF_STAGE_ATTENTION ? r.projected : r.attention;
     std::vector<Row<A>> all{flatten<A>(stage_ == HFF_STAGE_FULL ? r.out : attention)};
     if (stage_ == HFF_STAGE_ATTENTION_UP) all.push_back(flatten<A>(r.act));
     if (mark) {
       results[0].free = spread(r.attended.all_masked, block_.hidden);
       // Parallel: the MLP does not see the attention.
-      if (all.size() == 2 && block_.residual == HFF_RESIDUAL_SEQUENTIAL) {
+      if (all.size() == 2 && block_.residual != HFF_RESIDUAL_PARALLEL) {
         results[1].free = spread(r.attended.all_masked, block_.mlp_width);
       }
     }
-    all.push_back(r.attended.keys);
-    all.push_back(r.attended.values);
+    if (call_.cached) all.insert(all.end(), {r.attended.keys, r.attended.values});
     return all;
   }
 
  private:
   hff_block_io make_io(int64_t first) const {
-    const int64_t row = first * call_.queries;
+    const int64_t row = call_.first_row(first);
     hff_block_io io = {};
     io.struct_size = sizeof io;
     io.stage = stage_;

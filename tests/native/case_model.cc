@@ -1,12 +1,13 @@
-// hff_decode: token ids (or embeddings) to hidden states and logits, all layers in one call.
+// hff_model_forward: token ids (or embeddings) to hidden states and logits, all layers in one call:
+// decode, prefill and encoders.
 #include "case.h"
 
 namespace hff_test {
 namespace {
 
-class DecodeCase : public CaseOf<DecodeCase> {
+class ModelCase : public CaseOf<ModelCase> {
  public:
-  DecodeCase(Random& random, const Design& design)
+  ModelCase(Random& random, const Design& design)
       : CaseOf(&random), dtype_(draw_dtype(random, design)) {
     const bool tiny = design.size == Size::kTiny;
     HeadsData heads = HeadsData::random(random, tiny ? 16 : 96);
@@ -23,46 +24,69 @@ class DecodeCase : public CaseOf<DecodeCase> {
       heads.layout = HFF_QKV_PER_HEAD;
       hidden_ = design.hidden, mlp = 4 * hidden_, layers = design.layers, vocab_ = design.vocab;
     }
-    call_ = draw_call(random, arena, design, dtype_, heads, false, true);
+    call_ = draw_call(random, arena, design, dtype_, heads, true);
+    if (call_.rows() > CallData::kFewRows && !design.heads) mlp = std::min<int64_t>(mlp, 100);
     const int32_t kind = random.pick<int32_t>({HFF_NORM_LAYER, HFF_NORM_RMS});
-    const int32_t residual = random.pick<int32_t>({HFF_RESIDUAL_PARALLEL, HFF_RESIDUAL_SEQUENTIAL});
+    const int32_t residual =
+        design.heads
+            ? HFF_RESIDUAL_PARALLEL
+            : static_cast<int32_t>(random.range(HFF_RESIDUAL_PARALLEL, HFF_RESIDUAL_POST_NORM));
     const int32_t activation = static_cast<int32_t>(random.range(HFF_ACT_GELU_ERF, HFF_ACT_SILU));
     for (int64_t layer = 0; layer < layers; ++layer) {
       blocks_.push_back(BlockData::random(random, arena, dtype_, heads, hidden_, mlp, residual,
                                           activation, kind));
-      caches_.push_back(
-          CacheData::random(random, arena, dtype_, call_.batch, heads, call_.past, call_.queries));
-      lengths.push_back(caches_.back().length);
-      if (design.nan_behind_mask) spoil_unseen(random, call_, caches_.back());
+      if (call_.cached) caches_.push_back(draw_cache(random, *this, design, call_, heads));
     }
-    queries = call_.queries;
     if (call_.positions)
       indices.push_back({call_.positions, call_.rope_rows, blocks_[0].heads.rotary_dim > 0});
-    norm_ = NormData::random(random, arena, dtype_, hidden_, kind);
+    if (design.heads || random.chance(0.8))
+      norm_ = NormData::random(random, arena, dtype_, hidden_, kind);
     fill_inputs(random);
     add_outputs(random, design.heads > 0);
+    for (LinearData* l : linears()) l->wants_panels &= !design.heads || design.packed;
     if (ids_) indices.push_back({ids_, vocab_, true});
     spots = {x_ ? Spot{"x", x_, hidden_} : Spot{"embedding", embedding_, hidden_}};
   }
 
-  const char* kernel() const override { return "decode"; }
+  const char* kernel() const override { return "model"; }
   int32_t dtype() const override { return dtype_; }
+  int32_t precision() const override { return call_.precision; }
+  std::vector<LinearData*> linears() override {
+    std::vector<LinearData*> all;
+    for (BlockData& block : blocks_) {
+      for (LinearData* linear : block.linears()) all.push_back(linear);
+    }
+    if (head_.weight) all.push_back(&head_);
+    return all;
+  }
   int64_t independent_rows() const override { return call_.batch; }
+  bool has_rows(int64_t first, int64_t count) const override {
+    return call_.first_row(first + count) > call_.first_row(first);
+  }
+  int64_t fewest_alike() const override {
+    bool row_kernels = true;
+    for (const BlockData& block : blocks_) row_kernels = row_kernels && block.row_kernels();
+    const int64_t few = CallData::kFewRows, layers = call_.fewest_alike(row_kernels);
+    return call_.batch * keep_ > few ? std::max(layers, few / keep_ + 1) : layers;
+  }
   int64_t bytes_read() const override {
     int64_t bytes = head_.weight.bytes();
     for (const BlockData& b : blocks_) {
-      bytes +=
-          b.qkv.weight.bytes() + b.o.weight.bytes() + b.up.weight.bytes() + b.down.weight.bytes();
+      bytes += b.weight_bytes();
       bytes += 2 * call_.batch * b.heads.kv_heads * call_.keys() * b.heads.head_dim *
                element_size(dtype_);
     }
     return bytes;
   }
   std::string shape() const override {
+    constexpr const char* kResiduals[] = {" parallel", " sequential", " post-norm"};
     return describe(call_, blocks_[0].heads) + " hidden " + std::to_string(hidden_) + " mlp " +
            std::to_string(blocks_[0].mlp_width) + " layers " + std::to_string(blocks_.size()) +
-           (blocks_[0].residual ? " sequential" : " parallel") + " activation " +
-           std::to_string(blocks_[0].activation) + (norm_.kind ? " rms" : " layer") +
+           kResiduals[blocks_[0].residual] + " activation " +
+           std::to_string(blocks_[0].activation) +
+           (!norm_.weight ? " no norm"
+            : norm_.kind  ? " rms"
+                          : " layer") +
            (ids_ ? " ids" : " embeds") + " vocab " + std::to_string(vocab_) + " keep " +
            std::to_string(keep_) + (hidden_out_ ? " hidden_out" : "");
   }
@@ -72,21 +96,23 @@ class DecodeCase : public CaseOf<DecodeCase> {
     std::vector<hff_block> blocks;
     std::vector<hff_cache> caches;
     const hff_model model = make_model(first, blocks, caches);
-    const hff_decode_io io = make_io(first);
-    return hff_decode(&call, &model, caches.data(), &io);
+    const hff_model_io io = make_io(first);
+    return hff_model_forward(&call, &model, call_.cached ? caches.data() : nullptr, &io);
   }
 
   hff_status call_changed(const std::function<void(std::vector<Field>&)>& change) override {
-    hff_call call = call_.abi(1, 0, call_.batch);
+    hff_call call = call_.abi(1, 0, call_.batch, true);
     std::vector<hff_block> blocks;
     std::vector<hff_cache> caches;
     hff_model model = make_model(0, blocks, caches);
-    hff_decode_io io = make_io(0);
+    hff_model_io io = make_io(0);
     std::vector<Field> fields;
     list_fields(fields, call);
     list_fields(fields, blocks.back());
-    list_fields(fields, caches.back());
-    list_fields(fields, model.final_norm);
+    hff_cache* given = call_.cached ? caches.data() : nullptr;
+    if (given) list_fields(fields, caches.back());
+    fields.push_back({Field::kPointer, &given, "cache"});
+    if (norm_.weight) list_fields(fields, model.final_norm);
     if (head_.weight) list_fields(fields, model.head);
     fields.push_back({Field::kStructSize, &model.struct_size, "model.struct_size"});
     fields.push_back({Field::kSize, &model.hidden, "model.hidden"});
@@ -102,7 +128,7 @@ class DecodeCase : public CaseOf<DecodeCase> {
     list_fields(fields, io.hidden, "io.hidden");
     fields.push_back({Field::kSize, &io.keep, "io.keep"});
     change(fields);
-    return hff_decode(&call, &model, caches.data(), &io);
+    return hff_model_forward(&call, &model, given, &io);
   }
 
   template <class A>
@@ -117,20 +143,22 @@ class DecodeCase : public CaseOf<DecodeCase> {
     }
     std::vector<Row<A>> appended_rows;
     std::vector<char> free(static_cast<size_t>(call_.rows()), 0);
-    const size_t first_cache = results.size() - 2 * blocks_.size();
+    const size_t first_cache = results.size() - 2 * caches_.size();
     for (size_t layer = 0; layer < blocks_.size(); ++layer) {
       const BlockResult<A> r = block(a, blocks_[layer], call_, caches_[layer], x);
       x = r.out;
-      appended_rows.push_back(r.attended.keys);
-      appended_rows.push_back(r.attended.values);
-      if (mark) {
+      if (call_.cached) {
+        appended_rows.push_back(r.attended.keys);
+        appended_rows.push_back(r.attended.values);
+      }
+      if (mark && call_.cached) {
         const auto marks = spread_cache(free, caches_[layer], call_.queries);
         results[first_cache + 2 * layer].free = marks;
         results[first_cache + 2 * layer + 1].free = marks;
-        free = r.attended.all_masked;  // the same rows in every layer
       }
+      free = r.attended.all_masked;  // the same rows in every layer
     }
-    x = norm(a, norm_, x);
+    if (norm_.weight) x = norm(a, norm_, x);
     std::vector<Row<A>> all;
     if (hidden_out_) all.push_back(flatten<A>(x));
     if (hidden_out_ && mark) results[0].free = spread(free, hidden_);
@@ -155,7 +183,7 @@ class DecodeCase : public CaseOf<DecodeCase> {
   void fill_inputs(Random& random) {
     embedding_ = arena.input(dtype_, vocab_ * hidden_);
     fill_uniform(random, embedding_, 1.7);
-    if (random.chance(0.3)) {
+    if (call_.starts || random.chance(0.3)) {
       x_ = arena.input(dtype_, call_.rows() * hidden_);
       fill_uniform(random, x_, 1.7);
       return;
@@ -171,7 +199,7 @@ class DecodeCase : public CaseOf<DecodeCase> {
   }
 
   void add_outputs(Random& random, bool designed) {
-    const bool with_head = designed || random.chance(0.7);
+    const bool with_head = designed || (!call_.starts && random.chance(0.7));
     if (!with_head || random.chance(0.3)) {
       hidden_out_ = arena.output(dtype_, call_.rows() * hidden_);
       results.push_back(contiguous("hidden", hidden_out_));
@@ -204,15 +232,15 @@ class DecodeCase : public CaseOf<DecodeCase> {
     return model;
   }
 
-  hff_decode_io make_io(int64_t first) const {
-    hff_decode_io io = {};
+  hff_model_io make_io(int64_t first) const {
+    hff_model_io io = {};
     io.struct_size = sizeof io;
     io.ids = ids_.input_from(first * id_batch_stride_);
     io.id_batch_stride = id_batch_stride_;
     io.id_query_stride = id_query_stride_;
-    io.x = x_.input_from(first * call_.queries * hidden_);
+    io.x = x_.input_from(call_.first_row(first) * hidden_);
     io.logits = logits_.output_from(first * keep_ * vocab_);
-    io.hidden = hidden_out_.output_from(first * call_.queries * hidden_);
+    io.hidden = hidden_out_.output_from(call_.first_row(first) * hidden_);
     io.keep = keep_;
     return io;
   }
@@ -229,8 +257,8 @@ class DecodeCase : public CaseOf<DecodeCase> {
 
 }  // namespace
 
-std::unique_ptr<Case> make_decode(Random& random, const Design& design) {
-  return std::make_unique<DecodeCase>(random, design);
+std::unique_ptr<Case> make_model(Random& random, const Design& design) {
+  return std::make_unique<ModelCase>(random, design);
 }
 
 }  // namespace hff_test

@@ -8,6 +8,29 @@ int32_t draw_dtype(Random& random, const Design& design) {
   return design.dtype >= 0 ? design.dtype : drawn;
 }
 
+int32_t draw_precision(Random& random) {
+  return random.pick<int32_t>(
+      {HFF_PRECISION_HIGHEST, HFF_PRECISION_HIGHEST, HFF_PRECISION_HIGH, HFF_PRECISION_MEDIUM});
+}
+
+Parts parts_of(int32_t dtype, int32_t precision) {
+  const std::string isa = hff_isa();
+  if (dtype != HFF_F32 || precision == HFF_PRECISION_HIGHEST) return Parts::kWhole;
+  if (precision == HFF_PRECISION_HIGH) return isa == "amx" ? Parts::kTwo : Parts::kWhole;
+  return isa == "avx512_bf16" || isa == "amx" ? Parts::kOne : Parts::kWhole;
+}
+
+void fill_starts(Random& random, Arena& arena, CallData& call) {
+  call.starts = arena.input(kInt64, call.batch + 1);
+  const int64_t full = random.range(0, call.batch - 1);  // so that there is a row
+  int64_t row = 0;
+  for (int64_t b = 0; b <= call.batch; ++b) {
+    call.starts.set(b, static_cast<double>(row));
+    const int64_t some = random.chance(0.2) ? 0 : random.range(1, call.queries);
+    row += b == full && random.chance(0.7) ? call.queries : std::max<int64_t>(some, b == full);
+  }
+}
+
 // cos and sin of position * base^(-2 i / rotary_dim), both halves alike, as a rotary module gives
 // them. Positions: past + i, shifted per batch row (left padding) or not, or anything inside the
 // table.
@@ -84,7 +107,7 @@ void fill_mask(Random& random, Arena& arena, CallData& call, int32_t kind, bool 
     for (int64_t i = 0; i < (shared_query ? 1 : call.queries); ++i) {
       const bool nothing = !one_for_all && random.chance(0.1);
       for (int64_t j = 0; j < mask.keys; ++j) {
-        const bool hole = j < call.past && !random.chance(seen);
+        const bool hole = (j < call.past || !call.cached) && !random.chance(seen);
         const bool visible = one_for_all ? j >= padding && !hole : !nothing && random.chance(seen);
         mask.data.set(mask.at(b, i, j), draw_mask_value(random, kind, call.dtype, visible));
       }
@@ -108,31 +131,66 @@ void spoil_unseen(Random& random, const CallData& call, const CacheData& cache) 
   }
 }
 
+namespace {
+
+// At most 16 rows, or more: one long prompt, many short ones, or many sequences of one token.
+void draw_rows(Random& random, bool tiny, CallData& call) {
+  call.batch = random.pick<int64_t>({1, 1, 1, 2, 3, 4, 7, 8, 16});
+  call.queries = random.range(1, std::min<int64_t>(16 / call.batch, tiny ? 3 : 16));
+  if (random.chance(0.5)) call.queries = 1;
+  if (tiny) call.batch = std::min<int64_t>(call.batch, 3);
+  if (!random.chance(tiny ? 0.2 : 0.35)) return;
+  switch (random.range(0, 3)) {
+    case 0: call.batch = 1, call.queries = random.range(17, tiny ? 20 : 200); break;
+    case 1: call.batch = random.range(17, tiny ? 19 : 40), call.queries = 1; break;
+    default:
+      call.batch = random.range(2, 6);
+      call.queries = random.range(16 / call.batch + 1, tiny ? 10 : 40);
+  }
+}
+
+}  // namespace
+
 CallData draw_call(Random& random, Arena& arena, const Design& design, int32_t dtype,
-                   const HeadsData& heads, bool many_queries, bool one_for_all) {
+                   HeadsData& heads, bool one_for_all) {
   const bool tiny = design.size == Size::kTiny, designed = design.batch > 0;
   CallData call;
   call.dtype = dtype;
-  call.batch = designed ? design.batch : random.pick<int64_t>({1, 1, 1, 2, 3, 4, 7, 8, 16});
-  call.queries = designed ? design.queries
-                          : random.range(1, std::min<int64_t>(16 / call.batch, tiny ? 3 : 16));
-  if (!designed && random.chance(0.5)) call.queries = 1;
-  if (many_queries && !tiny && !designed && random.chance(0.15)) {
-    call.queries = random.range(17, 200);
-    call.batch = random.range(1, 2);
-  }
-  if (tiny) call.batch = std::min<int64_t>(call.batch, 3);
+  call.precision = draw_precision(random);
+  draw_rows(random, tiny, call);
   call.past = random.pick<int64_t>({0, 1, 2, 7, 15, 16, 17, 31, 33, 63, 64, 65, 127,
                                     random.range(0, 200), random.range(0, 600),
                                     random.range(500, 530), random.range(1000, 1100)});
   if (tiny) call.past = random.range(0, 9);
-  if (designed) call.past = design.past;
-  call.causal = designed || random.chance(0.9);
+  if (call.rows() > 16) call.past = std::min<int64_t>(call.past, 6000 / call.rows());
+  call.cached = random.chance(0.7);
+  call.causal = random.chance(call.cached ? 0.9 : 0.5);
+  bool ragged = !call.cached && random.chance(0.4);
+  if (designed) {
+    call.batch = design.batch, call.queries = design.queries, call.past = design.past;
+    call.cached = call.causal = design.past >= 0;
+    call.precision = HFF_PRECISION_HIGHEST;
+    ragged = false;
+  }
+  if (!call.cached) call.past = 0;
+  if (ragged) heads.rotary_dim = 0;
   fill_rotary(random, arena, heads, call);
+  if (ragged) fill_starts(random, arena, call);
   const int32_t kind =
       random.pick<int32_t>({HFF_MASK_NONE, HFF_MASK_BOOL, HFF_MASK_INT64, HFF_MASK_ADDITIVE});
-  fill_mask(random, arena, call, designed ? HFF_MASK_NONE : kind, one_for_all);
+  fill_mask(random, arena, call, designed || ragged ? HFF_MASK_NONE : kind, one_for_all);
   return call;
+}
+
+CacheData draw_cache(Random& random, Case& c, const Design& design, const CallData& call,
+                     const HeadsData& heads) {
+  if (!call.cached) return {};
+  const CacheData cache =
+      CacheData::random(random, c.arena, call.dtype, call.batch, heads, call.past, call.queries);
+  c.lengths.push_back(cache.length);
+  c.queries = call.queries;
+  if (design.nan_behind_mask) spoil_unseen(random, call, cache);
+  return cache;
 }
 
 void list_fields(std::vector<Field>& fields, hff_input& input, const char* name) {
@@ -152,6 +210,12 @@ void list_fields(std::vector<Field>& fields, hff_call& call) {
   fields.push_back({Field::kSize, &call.batch, "call.batch"});
   fields.push_back({Field::kSize, &call.queries, "call.queries"});
   fields.push_back({Field::kEnum, &call.causal, "call.causal"});
+  fields.push_back({Field::kEnum, &call.precision, "call.precision"});
+  list_fields(fields, call.starts, "call.starts");
+  // the starts themselves: a copy of the case's own (CallData::abi)
+  auto* starts = static_cast<int64_t*>(const_cast<void*>(call.starts.data));
+  for (int64_t b = 0; starts && b <= call.batch; ++b)
+    fields.push_back({Field::kSize, starts + b, b ? "starts[b]" : "starts[0]"});
   list_fields(fields, call.positions, "call.positions");
   fields.push_back({Field::kSize, &call.position_batch_stride, "call.position_batch_stride"});
   fields.push_back({Field::kSize, &call.position_query_stride, "call.position_query_stride"});
@@ -185,6 +249,8 @@ void list_fields(std::vector<Field>& fields, hff_norm& norm) {
 void list_fields(std::vector<Field>& fields, hff_linear& linear) {
   list_fields(fields, linear.weight, "linear.weight");
   list_fields(fields, linear.bias, "linear.bias");
+  list_fields(fields, linear.packed, "linear.packed");
+  if (linear.packed.data) fields.push_back({Field::kPanels, &linear.packed, "linear.panels"});
   fields.push_back({Field::kSize, &linear.rows, "linear.rows"});
   fields.push_back({Field::kSize, &linear.cols, "linear.cols"});
   fields.push_back({Field::kSize, &linear.row_stride, "linear.row_stride"});
@@ -198,8 +264,11 @@ void list_fields(std::vector<Field>& fields, hff_block& block) {
   fields.push_back({Field::kEnum, &block.activation, "block.activation"});
   list_fields(fields, block.attention_norm);
   list_fields(fields, block.mlp_norm);
-  for (hff_linear* linear : {&block.qkv, &block.o, &block.up, &block.down})
-    list_fields(fields, *linear);
+  for (hff_linear* linear : {&block.qkv, &block.k, &block.v, &block.o, &block.up, &block.down}) {
+    if (linear->weight.data) list_fields(fields, *linear);
+  }
+  if (block.k.weight.data)
+    fields.push_back({Field::kPointer, const_cast<void**>(&block.v.weight.data), "v.weight"});
 }
 
 void list_fields(std::vector<Field>& fields, hff_cache& cache) {

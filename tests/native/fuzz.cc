@@ -78,6 +78,34 @@ void spoil_pointer(Random& random, std::vector<Field>& fields, size_t at) {
   std::memcpy(fields[at].where, &pointer, sizeof pointer);
 }
 
+// Copies of panels, spoilt, for as long as a call may read them.
+class Panels {
+ public:
+  // `packed` becomes a copy, byte `at` of it flipped.
+  void spoil(hff_input* packed, int64_t at) {
+    constexpr uintptr_t kLine = 64;
+    all_.emplace_back(static_cast<size_t>(packed->bytes) + kLine);
+    char* copy = all_.back().data();
+    copy += (kLine - reinterpret_cast<uintptr_t>(copy) % kLine) % kLine;
+    std::memcpy(copy, packed->data, static_cast<size_t>(packed->bytes));
+    copy[at] = static_cast<char>(~copy[at]);
+    packed->data = copy;
+  }
+  void clear() { all_.clear(); }
+
+ private:
+  std::vector<std::vector<char>> all_;
+} panels;
+constexpr int64_t kHeader = 40;  // bytes that tell panels from others
+
+void spoil_panels(Random& random, const Field& field) {
+  auto* packed = static_cast<hff_input*>(field.where);
+  if (!packed->data || packed->bytes < 64) return;  // spoilt already
+  if (reinterpret_cast<uintptr_t>(packed->data) % 64) return;
+  panels.spoil(packed, random.chance(0.8) ? random.range(0, kHeader - 1)
+                                          : random.range(0, packed->bytes - 1));
+}
+
 void spoil_field(Random& random, std::vector<Field>& fields, size_t at, bool* cell_changed) {
   const Field& field = fields[at];
   auto* size = static_cast<int64_t*>(field.where);
@@ -98,6 +126,7 @@ void spoil_field(Random& random, std::vector<Field>& fields, size_t at, bool* ce
       std::memcpy(field.where, &value, sizeof value);
       break;
     }
+    case Field::kPanels: spoil_panels(random, field); break;
     case Field::kStructSize: {
       auto* bytes = static_cast<uint64_t*>(field.where);
       *bytes = random.pick<uint64_t>(
@@ -132,7 +161,7 @@ std::unique_ptr<Base> hostile_indices(std::unique_ptr<Base> base) {
     const int64_t value = hostile_index(random, spoilt.limit);
     std::memcpy(spoilt.array.data + 8 * i, &value, 8);
   }
-  base->c->arena.seal();
+  base->c->seal();
   base->sealed = base->c->arena.outputs();
   const hff_status status = base->c->call(1);
   base->expected = base->c->arena.outputs();
@@ -155,7 +184,7 @@ std::unique_ptr<Base> make_base(const Options& options, uint64_t seed) {
   base->c = kernel.make(*base->random, design);
   if (!base->c->indices.empty() && base->random->chance(0.2))
     return hostile_indices(std::move(base));
-  base->c->arena.seal();
+  base->c->seal();
   base->sealed = base->c->arena.outputs();
   base->failure = call_checked(*base->c, 0, base->c->independent_rows(), 1);
   base->expected = base->c->arena.outputs();
@@ -181,6 +210,7 @@ std::string spoilt_call(Base& base, Random& random, std::string* what,
         *what += " " + std::to_string(*static_cast<int64_t*>(fields[at].where));
     }
   });
+  panels.clear();
   const std::chrono::duration<double> took = std::chrono::steady_clock::now() - begin;
   ++(*statuses)[status];
   if (took.count() > 1.0) return "took " + std::to_string(took.count()) + " s";
@@ -215,7 +245,7 @@ bool run_null(const Options& options, const std::string& isa) {
   hff_heads heads = {};
   hff_linear linear = {};
   hff_norm norm = {};
-  hff_decode_io decode_io = {};
+  hff_model_io model_io = {};
   hff_block_io block_io = {};
   hff_attention_io attention_io = {};
   hff_linear_io linear_io = {};
@@ -225,7 +255,7 @@ bool run_null(const Options& options, const std::string& isa) {
       return given >> bit & 1 ? pointer : nullptr;
     };
     const hff_status statuses[] = {
-        hff_decode(pass(0, &call), pass(1, &model), pass(2, &cache), pass(3, &decode_io)),
+        hff_model_forward(pass(0, &call), pass(1, &model), pass(2, &cache), pass(3, &model_io)),
         hff_block_forward(pass(0, &call), pass(1, &block), pass(2, &cache), pass(3, &block_io)),
         hff_attention_forward(pass(0, &call), pass(1, &heads), pass(2, &cache),
                               pass(3, &attention_io)),
@@ -258,16 +288,23 @@ int64_t size_of(const Named& fields, const char* name) {
 
 // A value that contradicts the rest of a valid call whatever its shape; false where the field does
 // not count here.
-bool contradict(const Field& field, const Named& fields) {
+bool contradict(Random& random, const Field& field, const Named& fields) {
   const std::string name = field.name;
   const auto set = [&field](int64_t value) {
     return *static_cast<int64_t*>(field.where) = value, true;
   };
   if (field.kind == Field::kStructSize) return set(size_of(fields, field.name) + 8);
   if (field.kind == Field::kThreads) return *static_cast<int32_t*>(field.where) = 0, true;
+  if (field.kind == Field::kPanels) {
+    panels.spoil(static_cast<hff_input*>(field.where), random.range(0, kHeader - 1));
+    return true;
+  }
+  if (name == "v.weight") return *static_cast<void**>(field.where) = nullptr, true;
+  if (name == "starts[0]") return set(random.pick<int64_t>({-1, 1, INT64_MIN, INT64_MAX}));
   if (name == "mask.kind" || name == "call.dtype" || name == "call.causal" || name == "io.dtype" ||
-      name == "io.activation" || name == "io.stage" || name == "norm.kind" ||
-      name == "heads.qkv_layout" || name == "block.residual" || name == "block.activation") {
+      name == "io.activation" || name == "io.stage" || name == "io.precision" ||
+      name == "call.precision" || name == "norm.kind" || name == "heads.qkv_layout" ||
+      name == "block.residual" || name == "block.activation") {
     return *static_cast<int32_t*>(field.where) = 17, true;
   }
   if (name == "norm.eps" || name == "heads.scale")
@@ -302,7 +339,7 @@ bool run_refusals(const Options& options, const std::string& isa) {
     Design design;
     design.size = Size::kTiny;
     const auto c = kernel.make(random, design);
-    c->arena.seal();
+    c->seal();
     std::string name;
     const hff_status status = c->call_changed([&](std::vector<Field>& fields) {
       Named by_name;
@@ -312,8 +349,9 @@ bool run_refusals(const Options& options, const std::string& isa) {
         if (f <= at) by_name[fields[f].name] = fields[f].where;
         by_name.emplace(fields[f].name, fields[f].where);
       }
-      if (contradict(fields[at], by_name)) name = fields[at].name;
+      if (contradict(random, fields[at], by_name)) name = fields[at].name;
     });
+    panels.clear();
     tally.describe(name + " contradicts " + c->kernel() + " " + c->shape());
     tally.end(name.empty() || status ? "" : "taken");
   }

@@ -13,10 +13,14 @@
 
 namespace hff_test {
 
+// What of an fp32 operand the products of a call see, by its precision and instruction set.
+enum class Parts { kWhole, kOne, kTwo };
+
 struct Exact {
   using Number = double;
-  double round(double x) const { return x; }   // to the dtype of the model
-  double single(double x) const { return x; }  // to fp32
+  double round(double x) const { return x; }    // to the dtype of the model
+  double single(double x) const { return x; }   // to fp32
+  double product(double x) const { return x; }  // to what a matrix product multiplies
   bool backward = false;
   Random* luck = nullptr;
 };
@@ -28,6 +32,14 @@ struct Stock {
   // Stochastic rounding: one more sample of the error that correct arithmetic of this precision can
   // make. Where few elements are compared, one sample can be zero by luck.
   Random* luck = nullptr;
+  Parts parts = Parts::kWhole;
+
+  // bf16 products: an operand loses its lower half, or what two halves do not hold.
+  float product(float x) const {
+    if (parts == Parts::kWhole || !std::isfinite(x)) return x;
+    const float high = half(x);
+    return parts == Parts::kOne || !std::isfinite(high) ? high : high + half(x - high);
+  }
 
   float round(float x) const {
     if (!luck || !std::isfinite(x)) return quantize(dtype, x);
@@ -39,6 +51,12 @@ struct Stock {
   float single(double x) const {
     if (!luck || !std::isfinite(x)) return static_cast<float>(x);
     return static_cast<float>(x + 0.5 * luck->symmetric() * ulp(HFF_F32, std::fabs(x)));
+  }
+
+ private:
+  float half(float x) const {
+    const double nudge = luck ? 0.5 * luck->symmetric() * ulp(HFF_BF16, std::fabs(x)) : 0;
+    return quantize(HFF_BF16, static_cast<float>(x + nudge));
   }
 };
 
@@ -105,17 +123,36 @@ Rows<A> norm(const A& a, const NormData& n, const Rows<A>& x) {
   return y;
 }
 
+// A weight row with every input: each sum in order, four of them side by side.
 template <class A>
-Rows<A> linear(const A& a, const LinearData& l, const Rows<A>& x) {
+void dots(const A& a, const Row<A>& weight, const Rows<A>& x, Row<A>& out) {
+  const int64_t n = static_cast<int64_t>(weight.size());
+  size_t i = 0;
+  for (; !a.luck && i + 4 <= x.size(); i += 4) {
+    typename A::Number sums[4] = {};
+    for (int64_t step = 0; step < n; ++step) {
+      const int64_t k = a.backward ? n - 1 - step : step;
+      for (size_t u = 0; u < 4; ++u) sums[u] += weight[k] * x[i + u][k];
+    }
+    std::copy_n(sums, 4, out.begin() + i);
+  }
+  for (; i < x.size(); ++i) out[i] = dot(a, weight.data(), x[i].data(), n);
+}
+
+template <class A>
+Rows<A> linear(const A& a, const LinearData& l, Rows<A> x) {
   using Number = typename A::Number;
   Rows<A> y(x.size(), Row<A>(static_cast<size_t>(l.rows)));
-  Row<A> weight(static_cast<size_t>(l.cols));
+  Row<A> weight(static_cast<size_t>(l.cols)), sums(x.size());
+  for (Row<A>& row : x) {
+    for (Number& value : row) value = a.product(value);
+  }
   for (int64_t r = 0; r < l.rows; ++r) {
     for (int64_t c = 0; c < l.cols; ++c)
-      weight[c] = static_cast<Number>(l.weight.get(r * l.row_stride + c));
+      weight[c] = a.product(static_cast<Number>(l.weight.get(r * l.row_stride + c)));
     const Number bias = l.bias ? static_cast<Number>(l.bias.get(r)) : 0;
-    for (size_t i = 0; i < x.size(); ++i)
-      y[i][r] = a.round(dot(a, weight.data(), x[i].data(), l.cols) + bias);
+    dots(a, weight, x, sums);
+    for (size_t i = 0; i < x.size(); ++i) y[i][r] = a.round(sums[i] + bias);
   }
   return y;
 }
@@ -162,14 +199,16 @@ void rotate(const A& a, const HeadsData& h, const CallData& call, int64_t b, int
 
 template <class A>
 struct Attended {
-  Rows<A> context;               // (rows, heads * head_dim)
-  Row<A> keys, values;           // appended: (batch, kv_heads, queries, head_dim)
-  std::vector<char> all_masked;  // (rows): no key visible; any finite average of values is right
+  Rows<A> context;      // (rows, heads * head_dim)
+  Row<A> keys, values;  // appended: (batch, kv_heads, queries, head_dim)
+  // (rows): no key is visible, or every score is -inf: stock's attentions differ, any finite
+  // average of values is right
+  std::vector<char> all_masked;
 };
 
 template <class A>
 Row<A> softmax_average(const A& a, const HeadsData& h, const Row<A>& q, const Row<A>& keys,
-                       const Row<A>& values, const std::vector<double>& bias) {
+                       const Row<A>& values, const std::vector<double>& bias, bool* dead) {
   using Number = typename A::Number;
   const int64_t total = static_cast<int64_t>(bias.size());
   Row<A> p(bias.size(), 0);
@@ -180,6 +219,7 @@ Row<A> softmax_average(const A& a, const HeadsData& h, const Row<A>& q, const Ro
     p[j] = a.round(a.round(score * static_cast<Number>(h.scale)) + static_cast<Number>(bias[j]));
     highest = p[j] > highest || std::isnan(p[j]) ? p[j] : highest;
   }
+  *dead = highest == -std::numeric_limits<Number>::infinity();
   Number sum = 0;
   for (int64_t j = 0; j < total; ++j) {
     if (!std::isinf(bias[j])) sum += p[j] = std::exp(p[j] - highest);
@@ -199,11 +239,13 @@ template <class A>
 Attended<A> attend(const A& a, const HeadsData& h, const CallData& call, const CacheData& cache,
                    const Rows<A>& qkv) {
   using Number = typename A::Number;
-  const int64_t dim = h.head_dim, total = call.keys();
+  const int64_t dim = h.head_dim;
   Attended<A> out;
   out.context.assign(static_cast<size_t>(call.rows()), Row<A>(static_cast<size_t>(h.width())));
   out.all_masked.assign(static_cast<size_t>(call.rows()), 0);
   for (int64_t b = 0; b < call.batch; ++b) {
+    const int64_t first = call.first_row(b), queries = call.queries_of(b);
+    const int64_t total = call.past + queries;
     for (int64_t group = 0; group < h.kv_heads; ++group) {
       Row<A> keys(static_cast<size_t>(total * dim)), values(keys.size());
       for (int64_t t = 0; t < call.past; ++t) {
@@ -212,8 +254,8 @@ Attended<A> attend(const A& a, const HeadsData& h, const CallData& call, const C
           values[t * dim + d] = static_cast<Number>(cache.values.get(cache.at(b, group, t) + d));
         }
       }
-      for (int64_t i = 0; i < call.queries; ++i) {
-        const Row<A>& row = qkv[b * call.queries + i];
+      for (int64_t i = 0; i < queries; ++i) {
+        const Row<A>& row = qkv[first + i];
         const int64_t t = call.past + i;
         std::copy_n(row.begin() + h.column(1, group), dim, keys.begin() + t * dim);
         std::copy_n(row.begin() + h.column(2, group), dim, values.begin() + t * dim);
@@ -221,7 +263,7 @@ Attended<A> attend(const A& a, const HeadsData& h, const CallData& call, const C
       }
       out.keys.insert(out.keys.end(), keys.begin() + call.past * dim, keys.end());
       out.values.insert(out.values.end(), values.begin() + call.past * dim, values.end());
-      for (int64_t i = 0; i < call.queries; ++i) {
+      for (int64_t i = 0; i < queries; ++i) {
         std::vector<double> bias(static_cast<size_t>(total));
         bool any = false;
         for (int64_t j = 0; j < total; ++j) {
@@ -229,16 +271,17 @@ Attended<A> attend(const A& a, const HeadsData& h, const CallData& call, const C
               call.sees(i, j) ? call.mask.bias(b, i, j) : -std::numeric_limits<double>::infinity();
           any = any || !std::isinf(bias[j]);
         }
-        out.all_masked[b * call.queries + i] = any ? 0 : 1;
+        if (!any) out.all_masked[first + i] = 1;
         if (!any) continue;
         const int64_t share = h.heads / h.kv_heads;
         for (int64_t head = group * share; head < (group + 1) * share; ++head) {
-          const Row<A>& row = qkv[b * call.queries + i];
+          const Row<A>& row = qkv[first + i];
           Row<A> q(row.begin() + h.column(0, head), row.begin() + h.column(0, head) + dim);
           rotate(a, h, call, b, i, q.data());
-          const Row<A> context = softmax_average(a, h, q, keys, values, bias);
-          std::copy(context.begin(), context.end(),
-                    out.context[b * call.queries + i].begin() + head * dim);
+          bool dead = false;
+          const Row<A> context = softmax_average(a, h, q, keys, values, bias, &dead);
+          if (dead) out.all_masked[first + i] = 1;
+          std::copy(context.begin(), context.end(), out.context[first + i].begin() + head * dim);
         }
       }
     }
@@ -258,21 +301,39 @@ Rows<A> add(const A& a, const Rows<A>& x, const Rows<A>& y) {
 template <class A>
 struct BlockResult {
   Attended<A> attended;
-  Rows<A> attention, act, out;  // attention: with sequential residual, x is already added
+  Rows<A> projected;            // attn(norm1(x)), with post-norm attn(x)
+  Rows<A> attention, act, out;  // attention: what the MLP's branch starts from, or `projected`
 };
+
+// (rows, qkv width) whether q, k and v are one matrix or three.
+template <class A>
+Rows<A> project(const A& a, const BlockData& b, const Rows<A>& x) {
+  Rows<A> rows = linear(a, b.qkv, x);
+  if (!b.separate()) return rows;
+  for (const LinearData* l : {&b.k, &b.v}) {
+    const Rows<A> more = linear(a, *l, x);
+    for (size_t r = 0; r < x.size(); ++r)
+      rows[r].insert(rows[r].end(), more[r].begin(), more[r].end());
+  }
+  return rows;
+}
 
 template <class A>
 BlockResult<A> block(const A& a, const BlockData& b, const CallData& call, const CacheData& cache,
                      const Rows<A>& x) {
   BlockResult<A> r;
-  const bool sequential = b.residual == HFF_RESIDUAL_SEQUENTIAL;
-  r.attended = attend(a, b.heads, call, cache, linear(a, b.qkv, norm(a, b.attention_norm, x)));
-  const Rows<A> attn = linear(a, b.o, r.attended.context);
-  r.attention = sequential ? add(a, attn, x) : attn;
-  r.act =
-      activate(a, b.activation, linear(a, b.up, norm(a, b.mlp_norm, sequential ? r.attention : x)));
+  const bool parallel = b.residual == HFF_RESIDUAL_PARALLEL;
+  const bool post = b.residual == HFF_RESIDUAL_POST_NORM;
+  r.attended =
+      attend(a, b.heads, call, cache, project(a, b, post ? x : norm(a, b.attention_norm, x)));
+  r.projected = linear(a, b.o, r.attended.context);
+  r.attention = parallel ? r.projected : add(a, r.projected, x);
+  if (post) r.attention = norm(a, b.attention_norm, r.attention);
+  const Rows<A> in = post ? r.attention : norm(a, b.mlp_norm, parallel ? x : r.attention);
+  r.act = activate(a, b.activation, linear(a, b.up, in));
   const Rows<A> mlp = linear(a, b.down, r.act);
-  r.out = sequential ? add(a, mlp, r.attention) : add(a, add(a, mlp, attn), x);
+  r.out = parallel ? add(a, add(a, mlp, r.projected), x) : add(a, mlp, r.attention);
+  if (post) r.out = norm(a, b.mlp_norm, r.out);
   return r;
 }
 

@@ -67,9 +67,9 @@ struct Errors {
   }
 };
 
-// Judges the elements that `counts` selects.
+// Judges the elements that `counts` selects; each may be `floor` off besides.
 template <class Counts>
-std::string judge(const Result& r, bool* relaxed, const Counts& counts) {
+std::string judge(const Result& r, bool* relaxed, double floor, const Counts& counts) {
   Errors out, truth;
   std::vector<Errors> stock(r.stock.size());
   for (size_t i = 0; i < r.at.size(); ++i) {
@@ -84,13 +84,16 @@ std::string judge(const Result& r, bool* relaxed, const Counts& counts) {
     stock_error = std::max(stock_error, s.largest);
     stock_norm = std::max(stock_norm, std::sqrt(s.squares));
   }
-  const double allowed = 2 * stock_error + 2 * ulp(r.array.dtype, truth.largest) + r.allowance;
+  const double allowed =
+      2 * stock_error + 2 * ulp(r.array.dtype, truth.largest) + r.allowance + floor;
   if (!(out.largest <= allowed)) {
     return element(r, out.worst, r.array.get(r.at[out.worst])) + ", error " + number(out.largest) +
            " exceeds " + number(allowed) + " (2 x stock " + number(stock_error) + " + 2 ulp)";
   }
-  const double size = std::sqrt(truth.squares), limit = relative_limit(r.array.dtype) * size;
-  const double wide = std::max(limit, 2 * stock_norm + r.allowance);
+  const double size = std::sqrt(truth.squares),
+               limit = relative_limit(r.halves ? HFF_BF16 : r.array.dtype) * size;
+  const double wide = std::max(limit, 2 * stock_norm + r.allowance) +
+                      floor * std::sqrt(static_cast<double>(r.at.size()));
   if (std::sqrt(out.squares) > limit && relaxed) *relaxed = true;
   if (!(std::sqrt(out.squares) <= wide)) {
     return r.name + ": relative L2 " + number(std::sqrt(out.squares) / size) + " exceeds " +
@@ -110,7 +113,8 @@ Class class_of(double value) {
 }  // namespace
 
 bool Options::wants_row(const std::string& row) const {
-  const std::set<std::string> kernel_names{"norm", "linear", "attention", "block", "decode"};
+  std::set<std::string> kernel_names;
+  for (const Kernel& kernel : kKernels) kernel_names.insert(kernel.name);
   bool any_row = false;
   for (const std::string& name : only) any_row = any_row || !kernel_names.count(name);
   return !any_row || only.count(row);
@@ -228,7 +232,7 @@ std::string check_memory(Case& c) {
 std::string check_parity(Case& c, bool* relaxed) {
   for (const Result& r : c.results) {
     const std::string failure =
-        judge(r, relaxed, [&r](size_t i) { return r.free.empty() || !r.free[i]; });
+        judge(r, relaxed, 0, [&r](size_t i) { return r.free.empty() || !r.free[i]; });
     if (!failure.empty()) return failure;
     for (size_t i = 0; i < r.free.size(); ++i) {
       if (r.free[i] && !std::isfinite(r.array.get(r.at[i]))) {
@@ -254,7 +258,7 @@ std::string check_equal(Case& c) {
 std::string check_classes(Case& c) {
   for (const Result& r : c.results) {
     // VDPBF16PS, like PyTorch's bf16 GEMM, takes denormals as zero.
-    const double tiny = r.array.dtype == HFF_BF16 ? 64.0 * FLT_MIN : 0;
+    const double tiny = r.array.dtype == HFF_BF16 || r.halves ? 64.0 * FLT_MIN : 0;
     std::vector<char> finite(r.at.size());
     for (size_t i = 0; i < r.at.size(); ++i) {
       const double out = r.array.get(r.at[i]);
@@ -272,7 +276,8 @@ std::string check_classes(Case& c) {
       if (!same && !cancels) return element(r, i, out) + " (another class)";
       finite[i] = all_finite ? 1 : 0;
     }
-    const std::string failure = judge(r, nullptr, [&finite](size_t i) { return finite[i] != 0; });
+    const std::string failure =
+        judge(r, nullptr, tiny, [&finite](size_t i) { return finite[i] != 0; });
     if (!failure.empty()) return failure;
   }
   return "";
