@@ -10,7 +10,7 @@ from edits import EDITS
 from pairs import RUNGS, answers, assert_same, noted, pair, tokens
 from test_patching import picture
 from torch import nn
-from transformers import BertConfig, BertModel, DynamicCache, GPT2Config, GPT2LMHeadModel
+from transformers import DynamicCache, ElectraConfig, ElectraModel, GPT2Config, GPT2LMHeadModel
 
 import hf_fusion
 from hf_fusion import FusionError
@@ -26,17 +26,17 @@ def gpt2() -> nn.Module:
     return GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=99)).eval()
 
 
-def bert() -> nn.Module:
+def electra() -> nn.Module:
     sizes = {
         "hidden_size": 16,
         "num_hidden_layers": 1,
         "num_attention_heads": 2,
         "intermediate_size": 16,
     }
-    return BertModel(BertConfig(vocab_size=99, **sizes)).eval()
+    return ElectraModel(ElectraConfig(vocab_size=99, **sizes)).eval()
 
 
-@pytest.mark.parametrize("make", (gpt2, bert, lambda: nn.Linear(3, 3), lambda: nn.Sequential()))
+@pytest.mark.parametrize("make", (gpt2, electra, lambda: nn.Linear(3, 3), lambda: nn.Sequential()))
 def test_an_unknown_model_is_reported_and_left_alone(make):
     model = make()
     before = picture(model)
@@ -44,7 +44,7 @@ def test_an_unknown_model_is_reported_and_left_alone(make):
     assert report.reason is Reason.UNKNOWN_FAMILY and report.family is None and not report.layers
     assert type(model).__name__ in str(report) and "gpt_neox" in str(report)
     assert picture(model) == before
-    with pytest.raises(FusionError, match="expected one of: gpt_neox") as caught:
+    with pytest.raises(FusionError, match="expected one of: .*gpt_neox") as caught:
         hf_fusion.patch(model, strict=True)
     assert caught.value.reason is Reason.UNKNOWN_FAMILY and picture(model) == before
     hf_fusion.unpatch(model)

@@ -83,6 +83,8 @@ def wrap(cls):
 
 if MODE != "stock":
     for family in families():
+        if family.encoder is not None:
+            continue
         wrap(resolve(family.base_class))
         wrap(resolve(family.causal_lm_class))
 

@@ -21,7 +21,7 @@ from transformers import (
     GPTNeoXForSequenceClassification,
     GPTNeoXModel,
 )
-from twins import FAMILIES, build
+from twins import ENCODERS, FAMILIES, build
 
 import hf_fusion
 from hf_fusion import FusionError
@@ -311,7 +311,7 @@ def test_supported_names_every_family_fusion_and_back_end():
     rows = hf_fusion.supported().to_dict()
     assert {(r["family"], r["fusion"], r["backend"]) for r in rows} == {
         (family, fusion, backend)
-        for family in FAMILIES
+        for family in (*FAMILIES, *ENCODERS)
         for fusion in FUSIONS
         for backend in BACKENDS[1:]
     }

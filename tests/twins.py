@@ -22,7 +22,8 @@ from hf_fusion.registry import families
 
 REASONS: Counter[str] = Counter()  # refusals and downgrades that tests have seen
 HITS: Counter[str] = Counter()  # fused calls by level
-FAMILIES = {family.name: family for family in families()}
+FAMILIES = {family.name: family for family in families() if family.encoder is None}
+ENCODERS = {family.name: family for family in families() if family.encoder is not None}
 
 
 def resolve(name: str) -> type:
@@ -39,13 +40,18 @@ def loud(model: nn.Module, seed: int) -> nn.Module:
     generator = torch.Generator().manual_seed(seed)
     for module in model.modules():
         weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
-        if weight is not None and weight.dim() == 2:
-            spread = 1.0 if isinstance(module, nn.Embedding) else 1.5 * weight.shape[1] ** -0.5
+        if weight is not None and weight.dim() > 1:
+            fan_in = weight[0].numel()
+            spread = 1.0 if isinstance(module, nn.Embedding) else 1.5 * fan_in**-0.5
             weight.normal_(0, spread, generator=generator)
         elif weight is not None:
             weight.normal_(1, 0.3, generator=generator)
         if bias is not None:
             bias.normal_(0, 0.3, generator=generator)
+        for name in ("cls_token", "distillation_token", "mask_token", "position_embeddings"):
+            token = module._parameters.get(name)
+            if token is not None:
+                token.normal_(0, 1, generator=generator)
     return model
 
 
@@ -58,12 +64,12 @@ def build(
     cls: type | None = None,
 ):
     """A model of the family's tiny configuration in evaluation mode; `cls` defaults to the one
-    with the LM head.
+    with the LM head or, of an encoder, to the base model.
     """
-    known = FAMILIES[family]
+    known = FAMILIES.get(family) or ENCODERS[family]
     config = known.tiny_config(**changes)
     config._attn_implementation = implementation
-    model = (cls or resolve(known.causal_lm_class))(config)
+    model = (cls or resolve(known.causal_lm_class or known.base_class))(config)
     return loud(model, seed).to(DTYPES[dtype]).eval()
 
 
