@@ -96,13 +96,17 @@ struct Attention {
     view.values.data = const_cast<Q*>(qkv + offsets.v_start);
     view.token_stride = qkv_stride;
     view.head_stride = offsets.kv_stride;
-    view.batch_stride = call.queries * qkv_stride;
+    view.batch_stride = longest() * qkv_stride;
     return view;
   }
   bool kept() const { return cache.length != nullptr; }
 
   int64_t queries(int64_t b) const {
     return starts != nullptr ? starts[b + 1] - starts[b] : call.queries;
+  }
+  // No sequence has more rows; `queries` may be any number above where there are starts.
+  int64_t longest() const {
+    return starts != nullptr && rows_of(call) < call.queries ? rows_of(call) : call.queries;
   }
   int64_t keys() const { return past + call.queries; }
   int64_t splits() const { return (keys() + kSplit - 1) / kSplit; }

@@ -17,7 +17,7 @@ struct FlashRun {
   static void work(void* self, int thread, int) {
     FlashRun& run = *static_cast<FlashRun*>(self);
     const Attention<T, T>& a = run.attention;
-    const int64_t tiles = (a.call.queries + kQueries - 1) / kQueries, kv_heads = a.heads.kv_heads;
+    const int64_t tiles = ceil_div(a.longest(), kQueries), kv_heads = a.heads.kv_heads;
     const int64_t kept = a.kept() ? a.call.batch * kv_heads * tiles : 0;
     for (int64_t u = run.counters[0].take(); u < kept; u = run.counters[0].take()) {
       const int64_t begin = u % tiles * kQueries, end = begin + kQueries;

@@ -207,7 +207,7 @@ struct GemmPass {
   }
 
   void attend() const {
-    const int64_t tiles = ceil_div(call.queries, kQueries), heads = block.heads.heads;
+    const int64_t tiles = ceil_div(attention.longest(), kQueries), heads = block.heads.heads;
     const int64_t pairs = call.batch * heads;
     const FlashScratch private_scratch(scratch.flash + thread * scratch.flash_room,
                                        block.heads.head_dim);
