@@ -52,7 +52,7 @@ class PackedWeights:
         self._versions = self._versions_now()
         lines = max(-(-w.shape[1] * w.element_size() // _LINE) for w in weights)
         self._samples = [self._sample(phase) for phase in range(native.SAMPLED_ROWS * lines)]
-        self._phase = 0
+        self._phase, self._stale = 0, False
 
     def _precision_now(self) -> int:
         # it changes nothing but fp32 products
@@ -65,7 +65,12 @@ class PackedWeights:
         return self._library.hff_fingerprint(self._sampled, len(self._sampled), self._dtype, phase)
 
     def fresh(self) -> bool:
-        """Whether the panels are still what packing now would give, as far as one sample shows."""
+        """Whether the panels are still what packing now would give, as far as one sample shows; once stale, for good."""
+        # a model asks before its layers do, and the next sample need not show what the last one did
+        self._stale = self._stale or not self._unchanged()
+        return not self._stale
+
+    def _unchanged(self) -> bool:
         if self._versions != self._versions_now() or self._precision != self._precision_now():
             return False
         phase = self._phase = (self._phase + 1) % len(self._samples)
