@@ -153,6 +153,7 @@ def register(name: str, prefix: str) -> Family:
         inner, act = vars(layer.attention.self), vars(layer.intermediate.intermediate_act_fn)
         norms = (layer.attention.output.LayerNorm, layer.output.LayerNorm)
         entries = [(vars(layer), key) for key in ("is_decoder", "add_cross_attention")]
+        entries.append((vars(layer.attention.self.config), "is_decoder"))
         entries += [(vars(norm), "eps") for norm in norms]
         entries += [(inner, key) for key in ("scaling", "attention_head_size", "is_causal")]
         entries += [(act, "act")] if "act" in act else []
