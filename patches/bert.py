@@ -133,7 +133,8 @@ def register(name: str, prefix: str) -> Family:
         )
 
     def parts(base: Any) -> ModelParts:
-        expect_children("the model", base, ("embeddings", "encoder", "pooler"))
+        pooler = ("pooler",) if "pooler" in base._modules else ()  # absent under most heads
+        expect_children("the model", base, ("embeddings", "encoder", *pooler))
         expect_parameters("the model", base, (*_ARGUMENTS, "attention_mask", *_DECODING))
         expect_type("model.embeddings", base.embeddings, f"{modeling}:{prefix}Embeddings")
         expect_type("model.encoder", base.encoder, f"{modeling}:{prefix}Encoder")

@@ -125,7 +125,8 @@ def register(name: str, prefix: str) -> Family:
         )
 
     def parts(base: Any) -> ModelParts:
-        expect_children("the model", base, ("embeddings", "layers", "layernorm", "pooler"))
+        pooler = ("pooler",) if "pooler" in base._modules else ()  # absent under most heads
+        expect_children("the model", base, ("embeddings", "layers", "layernorm", *pooler))
         expect_parameters("the model", base, (*_ARGUMENTS, "attention_mask"))
         expect_type("model.embeddings", base.embeddings, f"{modeling}:{prefix}Embeddings")
         expect_type("model.layers", base.layers, "torch.nn.modules.container:ModuleList")
