@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import Any
 
 from hf_fusion import FusionError, harness
-from hf_fusion.harness import info, inputs, options
+from hf_fusion.harness import contenders, info, inputs, options, work_options
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,7 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
         ("info", options.add_info, _info, "library, instruction sets, back ends, families"),
         ("ablate", options.add_ablate, _ablate, "time every rung of fusion against stock"),
         ("perplexity", options.add_perplexity, _perplexity, "perplexity of rungs against stock"),
-        ("bench", options.add_bench, _bench, "stock, full and the read stream for many shapes"),
+        ("bench", options.add_bench, _bench, "decoding, encoders and prompts for many shapes"),
     ):
         command = commands.add_parser(name, help=note)
         add(command)
@@ -101,8 +101,13 @@ def _perplexity(arguments: argparse.Namespace) -> int:
 
 def _bench(arguments: argparse.Namespace) -> int:
     options.check_outputs(arguments)
+    work = work_options.choose(arguments)
+    if work != work_options.DECODE:
+        return report(harness.run_work(work_options.work_settings(arguments, work)), arguments)
+    work_options.decode_options(arguments)
     settings = replace(_timing_settings(arguments, (inputs.STOCK, "full")), batch=arguments.batch)
-    return report(harness.run_bench(arguments.cases, settings), arguments)
+    with contenders.matmul_precision(arguments.matmul_precision):
+        return report(harness.run_bench(arguments.cases, settings), arguments)
 
 
 def ablation_settings(arguments: argparse.Namespace, rungs: Sequence[str]) -> harness.Settings:

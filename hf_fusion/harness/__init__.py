@@ -5,15 +5,18 @@ print(run_ablation(Settings(model="pythia-70m", dtype="bf16")).markdown())
 """
 
 from .ablation import AblationResult, Row, Settings, run_ablation
+from .encoders import ENCODER_SHAPES
 from .inputs import RUNGS, InputError
 from .models import PYTHIA_SHAPES, LoadedModel, load_model
 from .perplexity import PerplexityResult, PerplexityRow, PerplexitySettings, run_perplexity
 from .render import write
 from .sweep import BenchResult, SweepResult, run_batch_sweep, run_bench, run_context_sweep
+from .work import WorkItem, WorkResult, WorkRow, WorkSettings, run_work
 
 __all__ = [
     "AblationResult",
     "BenchResult",
+    "ENCODER_SHAPES",
     "InputError",
     "LoadedModel",
     "PYTHIA_SHAPES",
@@ -24,11 +27,16 @@ __all__ = [
     "Row",
     "Settings",
     "SweepResult",
+    "WorkItem",
+    "WorkResult",
+    "WorkRow",
+    "WorkSettings",
     "load_model",
     "run_ablation",
     "run_batch_sweep",
     "run_bench",
     "run_context_sweep",
     "run_perplexity",
+    "run_work",
     "write",
 ]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import shlex
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,7 @@ import torch
 import hf_fusion
 
 STREAM_BYTES = 512 * 1024 * 1024
+PEAK_SIZE, PEAK_REPEATS = 2048, 2
 
 
 def environment(threads: int | None = None) -> dict[str, Any]:
@@ -82,6 +86,46 @@ def read_stream(threads: int) -> float | None:
         return float(native.read_stream_bandwidth(STREAM_BYTES, threads))
     except (ImportError, OSError, AttributeError, hf_fusion.FusionError):
         return None
+
+
+def versions(packages: Iterable[str]) -> dict[str, str]:
+    """Versions of those packages that are installed."""
+    found = {name: _version(name) for name in packages}
+    return {name: value for name, value in found.items() if value}
+
+
+def multiply_add_peak(dtype: torch.dtype) -> Callable[[int], float | None]:
+    """A function of the thread count: floating-point operations per second of a square native
+    product of PEAK_SIZE, in packed panels, best of PEAK_REPEATS; None where the library is absent.
+
+    Its precision is the one that torch.set_float32_matmul_precision says when it is made.
+    """
+    try:
+        from hf_fusion import native, structs
+        from hf_fusion.packing import PackedWeights
+
+        library = native.load()
+    except (ImportError, OSError, hf_fusion.FusionError):
+        return lambda threads: None
+    n, kind = PEAK_SIZE, structs.DTYPES[dtype]
+    weight, x, out = (torch.ones(n, n, dtype=dtype) for _ in range(3))
+    linear = native.Linear(structs.buffer(weight), native.Buffer(), native.Buffer(), n, n, n)
+    panels = PackedWeights([linear], [weight], kind)
+    io = native.sized(native.LinearIo)
+    io.dtype, io.rows, io.x, io.out = kind, n, structs.buffer(x), structs.buffer(out)
+    if kind == native.F32:
+        io.precision = native.PRECISIONS[torch.get_float32_matmul_precision()]
+
+    def measure(threads: int) -> float:
+        io.threads, times = threads, []
+        for _ in range(PEAK_REPEATS):
+            begin = time.perf_counter()
+            native.check(library.hff_linear_forward(ctypes.byref(linear), ctypes.byref(io)))
+            times.append(time.perf_counter() - begin)
+        return 2 * n**3 / min(times)
+
+    measure.keeps = (weight, x, out, panels)
+    return measure
 
 
 def _isa() -> str | None:

@@ -37,17 +37,22 @@ def peak_memory(
         threads=threads,
         seed=seed,
     )
+    return fresh_process(__name__, request, f"rung {rung!r}")
+
+
+def fresh_process(module: str, request: dict[str, Any], what: str) -> dict[str, int]:
+    """What `child` of `module` answers to `request` in a fresh process; InputError, naming `what`
+    was measured, where that fails.
+    """
     done = subprocess.run(
-        [sys.executable, "-c", f"from {__name__} import child; child()", json.dumps(request)],
+        [sys.executable, "-c", f"from {module} import child; child()", json.dumps(request)],
         capture_output=True,
         text=True,
         check=False,
     )
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise InputError(
-            f"peak memory of rung {rung!r} was not measured, its process ended with {last}"
-        )
+        raise InputError(f"peak memory of {what} was not measured, its process ended with {last}")
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 

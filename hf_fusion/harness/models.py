@@ -85,22 +85,22 @@ def load_model(name: str, dtype: str = "bf16", seed: int = 0) -> LoadedModel:
     """
     dtype = dtype_name(dtype)
     if name == TINY:
-        model, tokenizer = _checkpoint(str(tiny_folder()), name, dtype)
+        model, tokenizer = checkpoint(str(tiny_folder()), name, dtype)
         source = "shipped checkpoint"
     elif name in PYTHIA_SHAPES:
         model, tokenizer = random_pythia(name, dtype, seed), None
         source = f"random weights, seed {seed}"
-    elif _looks_local(name):
+    elif looks_local(name):
         if not (Path(name).expanduser() / "config.json").is_file():
             raise InputError(
                 f"model folder {name!r} has no config.json: accepted are {', '.join(ACCEPTED)}"
             )
-        model, tokenizer = _checkpoint(str(Path(name).expanduser()), name, dtype)
+        model, tokenizer = checkpoint(str(Path(name).expanduser()), name, dtype)
         source = "local checkpoint"
     elif name.startswith("pythia-") or not name:
         raise unaccepted("model", name, ACCEPTED)
     else:
-        model, tokenizer = _checkpoint(name, name, dtype)
+        model, tokenizer = checkpoint(name, name, dtype)
         source = "hub checkpoint"
     _decode_freely(model)
     return LoadedModel(name, dtype, source, model.eval(), tokenizer)
@@ -127,8 +127,8 @@ def random_pythia(name: str, dtype: str, seed: int) -> nn.Module:
     return random_model(config, dtype, seed)
 
 
-def random_model(config: Any, dtype: str, seed: int) -> nn.Module:
-    """A causal language model of `config`, filled once, with the same values (rounded) in every
+def random_model(config: Any, dtype: str, seed: int, auto: Any = None) -> nn.Module:
+    """The model of `config` by the auto class `auto` (default causal LM), filled once, with the same values (rounded) in every
     dtype.
 
     Parameters are made on the meta device first: the library's own initialisation takes minutes at
@@ -138,7 +138,7 @@ def random_model(config: Any, dtype: str, seed: int) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype])
+        model = (auto or AutoModelForCausalLM).from_config(config, dtype=DTYPES[dtype])
     generator = torch.Generator().manual_seed(seed)
     filled: dict[int, nn.Parameter] = {}
     for module in model.modules():
@@ -212,11 +212,16 @@ def bytes_per_step(model: nn.Module, batch: int, context: int) -> int:
     return weights + batch * table.shape[1] * table.element_size() + cache
 
 
-def _checkpoint(path: str, name: str, dtype: str) -> tuple[nn.Module, Any | None]:
+def checkpoint(
+    path: str, name: str, dtype: str, auto: Any = None
+) -> tuple[nn.Module, Any | None]:
+    """Model and tokenizer (None without a usable one) at `path`, called `name` in errors; `auto` is
+    the auto class, by default that of causal language models.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model = (auto or AutoModelForCausalLM).from_pretrained(
             path, dtype=DTYPES[dtype], trust_remote_code=False
         )
     except (OSError, ValueError, KeyError) as error:
@@ -240,5 +245,6 @@ def _decode_freely(model: nn.Module) -> None:
     model.generation_config = GenerationConfig(pad_token_id=0, use_cache=True)
 
 
-def _looks_local(name: str) -> bool:
+def looks_local(name: str) -> bool:
+    """Whether `name` is a path and no hub id."""
     return name.startswith(("/", "./", "../", "~")) or name in (".", "..") or Path(name).is_dir()

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
-from . import inputs, models, perplexity, plots, sweep, timing
+from . import contenders, inputs, models, peers, perplexity, plots, timing, work_options
 
 _RUNGS = f"of {', '.join(inputs.RUNGS)}"
 _SHAPES = ", ".join(models.PYTHIA_SHAPES)
@@ -71,15 +71,40 @@ def add_perplexity(parser: argparse.ArgumentParser) -> None:
 def add_bench(parser: argparse.ArgumentParser) -> None:
     """The options of a bench over shapes and dtypes."""
     parser.description = (
-        "One row per model and dtype: stock, full, and the share of the machine's read stream."
+        "Decoding: one row per model and dtype, with the share of the machine's read stream. "
+        "Encoders and prompts: rungs and other engines per model, batch and length, with the "
+        "share of the measured multiply-add peak."
     )
-    note = f"default {' '.join(sweep.BENCH_CASES)}"
-    cases = sweep.BENCH_CASES
-    parser.add_argument("cases", nargs="*", default=cases, metavar="MODEL:DTYPE", help=note)
+    note = "; ".join(f"{work}: {' '.join(cases)}" for work, cases in work_options.CASES.items())
+    parser.add_argument("cases", nargs="*", metavar="MODEL:DTYPE", help=f"default for {note}")
+    works = tuple(work_options.CASES)
+    note = f"{', '.join(works)} (default decode for decoders, encode for encoders)"
+    parser.add_argument("--work", choices=works, default=None, help=note)
     _add_backend_and_seed(parser)
     _add_timing(parser)
-    _add_count(parser, "--batch", 1, "sequences at once")
+    parser.set_defaults(**dict.fromkeys(work_options.DECODE_ONLY))
+    _add_work(parser)
     _add_outputs(parser, picture=True)
+
+
+def _add_work(parser: argparse.ArgumentParser) -> None:
+    note = "sequences at once; several make a sweep, such as 1,8 (default 1; decode takes one)"
+    parser.add_argument("--batch", type=_integers, default=None, metavar="N,N", help=note)
+    note = "images at once, for an image encoder: what --batch is for text"
+    parser.add_argument("--images", type=_integers, default=None, metavar="N,N", help=note)
+    note = "tokens of a sequence (default 128) or prompt (default 512); several make a sweep"
+    parser.add_argument("--length", type=_integers, default=None, metavar="N,N", help=note)
+    note = "random lengths, seeded, with padding at the right: text encoders"
+    parser.add_argument("--ragged", action="store_true", help=note)
+    rungs = contenders.WORK_RUNGS
+    note = f"encode and prefill: of {', '.join(rungs)} (default all but none)"
+    parser.add_argument("--rungs", type=inputs.words, default=None, metavar="A,B", help=note)
+    note = f"encode and prefill: other engines, of {', '.join(peers.PEERS)}"
+    parser.add_argument("--peers", type=inputs.words, default=None, metavar="A,B", help=note)
+    note = f"torch.set_float32_matmul_precision: {', '.join(contenders.PRECISIONS)}"
+    parser.add_argument("--matmul-precision", default=None, metavar="NAME", help=note)
+    note = "encode and prefill: also peak memory, each contender in a process of its own"
+    parser.add_argument("--memory", action="store_true", help=note)
 
 
 def add_info(parser: argparse.ArgumentParser) -> None:

@@ -110,11 +110,16 @@ def reference_logits(
     """`logits_along` of a copy with fp32 parameters, fp64 where the model has fp32; buffers stay as
     they are.
     """
-    raised = copy.deepcopy(model)
-    for parameter in raised.parameters():
+    return logits_along(raised(model), prompt, continuation)
+
+
+def raised(model: nn.Module) -> nn.Module:
+    """A copy with fp32 parameters, fp64 where the model has fp32; buffers stay as they are."""
+    copied = copy.deepcopy(model)
+    for parameter in copied.parameters():
         wide = torch.float64 if parameter.dtype == torch.float32 else torch.float32
         parameter.data = parameter.data.to(wide)
-    return logits_along(raised, prompt, continuation)
+    return copied
 
 
 @torch.no_grad()

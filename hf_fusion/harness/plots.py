@@ -20,7 +20,7 @@ def median_ms(row: Row | None) -> float | None:
 
 
 def picture(result: Any, path: Path) -> None:
-    """Bars for an ablation, lines for a sweep, grouped bars for a bench."""
+    """Bars for an ablation, lines for a sweep, grouped bars for a bench, both for `work`."""
     try:
         import matplotlib
     except ImportError:
@@ -31,6 +31,12 @@ def picture(result: Any, path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4.2), layout="constrained")
+    if result.to_dict()["kind"] == "work":
+        from .work_view import draw_work
+
+        draw_work(figure, result)
+        figure.savefig(path, dpi=150)
+        return
     axes = figure.add_subplot()
     draw = {"ablation": _draw_ladder, "sweep": _draw_sweep, "bench": _draw_bench}.get(
         result.to_dict()["kind"]

@@ -81,19 +81,19 @@ def sweep_markdown(result: SweepResult) -> str:
             [
                 f"{value}",
                 *(_spread(point.row(rung)) for rung in rungs),
-                _figure(last.speedup, "{:.2f}"),
-                _figure(point.stream_floor_ms, "{:.2f}"),
-                _figure(median_ms(last) / first if first and median_ms(last) else None, "{:.2f}"),
-                _figure(last.stream_share, "{:.2f}"),
+                figure(last.speedup, "{:.2f}"),
+                figure(point.stream_floor_ms, "{:.2f}"),
+                figure(median_ms(last) / first if first and median_ms(last) else None, "{:.2f}"),
+                figure(last.stream_share, "{:.2f}"),
                 "ok" if point.passed else "failed",
             ]
         )
     header[-3] = f"{rungs[-1]}, times its first point"
     failures = [
-        f"- {result.kind} {value}, {row.label}: {row.failure or _stock_in_part(row)}"
+        f"- {result.kind} {value}, {row.label}: {row.failure or stock_in_part(row)}"
         for value, point in result.points
         for row in point.rows
-        if row.failure or _stock_in_part(row)
+        if row.failure or stock_in_part(row)
     ]
     settings, source = result.points[0][1].settings, result.points[0][1].source
     title = (
@@ -102,7 +102,7 @@ def sweep_markdown(result: SweepResult) -> str:
     )
     record = result.points[0][1].environment
     return "\n".join(
-        [title, "", table(header, body), "", *failures, describe(record), _command(record)]
+        [title, "", table(header, body), "", *failures, describe(record), command_line(record)]
     )
 
 
@@ -130,19 +130,19 @@ def bench_markdown(result: BenchResult) -> str:
                 _spread(item.row(STOCK)),
                 *([_spread(item.row("compiled"))] if compiled else []),
                 _spread(full),
-                _figure(full.speedup, "{:.2f}"),
-                _figure(item.stream_gbs and item.stream_gbs.median, "{:.1f}"),
-                _figure(full.stream_share, "{:.2f}"),
-                _figure(full.tokens_equal, "{:.0%}"),
-                _figure(full.parity and full.parity.ratio, "{:.2f}"),
+                figure(full.speedup, "{:.2f}"),
+                figure(item.stream_gbs and item.stream_gbs.median, "{:.1f}"),
+                figure(full.stream_share, "{:.2f}"),
+                figure(full.tokens_equal, "{:.0%}"),
+                figure(full.parity and full.parity.ratio, "{:.2f}"),
             ]
         )
     failures = [
         f"- {item.settings.model} {item.settings.dtype}, {row.label}: "
-        f"{row.failure or _stock_in_part(row)}"
+        f"{row.failure or stock_in_part(row)}"
         for item in result.items
         for row in item.rows
-        if row.failure or _stock_in_part(row)
+        if row.failure or stock_in_part(row)
     ]
     settings, record = result.items[0].settings, result.items[0].environment
     title = (
@@ -151,7 +151,7 @@ def bench_markdown(result: BenchResult) -> str:
         f"{settings.rounds} interleaved rounds, weights by seed {settings.seed}."
     )
     return "\n".join(
-        [title, "", table(header, body), "", *failures, describe(record), _command(record)]
+        [title, "", table(header, body), "", *failures, describe(record), command_line(record)]
     )
 
 
@@ -190,7 +190,7 @@ def perplexity_markdown(result: PerplexityResult) -> str:
                 noise,
                 {True: "yes", False: "no", None: "-"}[row.within_noise],
                 "ok" if row.failure is None else "failed",
-                _counts(row.calls),
+                counts(row.calls),
             ]
         )
     failures = [f"- {row.label}, {row.path}: {row.failure}" for row in result.rows if row.failure]
@@ -200,29 +200,29 @@ def perplexity_markdown(result: PerplexityResult) -> str:
         f"{result.window} tokens, {result.scored} tokens scored, the same for every row."
     )
     lines = [title, "", table(header, body), "", *failures, describe(result.environment)]
-    return "\n".join([*lines, _command(result.environment)])
+    return "\n".join([*lines, command_line(result.environment)])
 
 
 def _ablation_row(row: Row, memory: bool) -> list[str]:
-    share = _figure(row.stream_share, "{:.2f}")
+    share = figure(row.stream_share, "{:.2f}")
     cells = [
         row.label,
         _spread(row),
-        _figure(row.tokens_per_s, "{:.1f}"),
-        _figure(row.speedup, "{:.2f}"),
+        figure(row.tokens_per_s, "{:.1f}"),
+        figure(row.speedup, "{:.2f}"),
         share,
-        _figure(row.prefill_ms and row.prefill_ms.median, "{:.1f}"),
+        figure(row.prefill_ms and row.prefill_ms.median, "{:.1f}"),
     ]
-    cells += [_figure(row.memory and row.memory["peak"] / 2**20, "{:.0f}")] if memory else []
-    ratio = _figure(row.parity and row.parity.ratio, "{:.2f}")
-    return [*cells, _figure(row.tokens_equal, "{:.0%}"), ratio, _counts(row.calls)]
+    cells += [figure(row.memory and row.memory["peak"] / 2**20, "{:.0f}")] if memory else []
+    ratio = figure(row.parity and row.parity.ratio, "{:.2f}")
+    return [*cells, figure(row.tokens_equal, "{:.0%}"), ratio, counts(row.calls)]
 
 
 def _notes(result: AblationResult) -> list[str]:
     notes = [f"- {row.label} has no time: {row.failure}" for row in result.rows if row.failure]
     for row in result.rows:
-        if _stock_in_part(row):
-            notes.append(f"- {row.label} {_stock_in_part(row)}")
+        if stock_in_part(row):
+            notes.append(f"- {row.label} {stock_in_part(row)}")
         if row.divergences and not row.failure:
             first = row.divergences[0]
             notes.append(
@@ -257,10 +257,10 @@ def _notes(result: AblationResult) -> list[str]:
         "a rung "
         f"{parity.limit:g} times that."
     )
-    return [*notes, describe(result.environment), _command(result.environment)]
+    return [*notes, describe(result.environment), command_line(result.environment)]
 
 
-def _stock_in_part(row: Row) -> str | None:
+def stock_in_part(row: Any) -> str | None:
     """What of a row that has its times ran stock, None when nothing did."""
     if row.failure or not row.calls.get("refused"):
         return None
@@ -268,7 +268,8 @@ def _stock_in_part(row: Row) -> str | None:
     return f"ran stock in part: {', '.join(reasons)}"
 
 
-def _counts(calls: dict[str, Any]) -> str:
+def counts(calls: dict[str, Any]) -> str:
+    """Calls fused and refused, as a cell."""
     return (
         f"{calls['fused']} / {sum(calls['refused'].values())}"
         if calls and "fused" in calls
@@ -282,9 +283,11 @@ def _spread(row: Row | None) -> str:
     return f"{row.step_ms.median:.3f} ({row.step_ms.low:.3f}-{row.step_ms.high:.3f})"
 
 
-def _figure(value: float | None, form: str) -> str:
+def figure(value: float | None, form: str) -> str:
+    """A number in `form`, as a cell."""
     return "-" if value is None else form.format(value)
 
 
-def _command(record: dict[str, Any]) -> str:
+def command_line(record: dict[str, Any]) -> str:
+    """The command that reproduces a result."""
     return f"Command: `{record['command']}`"

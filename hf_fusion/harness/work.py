@@ -1,0 +1,379 @@
+"""Encoders and prompts: stock, rungs and peers on batches, lengths and images, each with a verdict.
+
+The verdict of a row: its largest error against stock in higher precision, at the positions that are
+not padding, is at most twice stock's own in the same dtype, over the inputs that were timed first.
+A rung without one has no time; a peer keeps its time beside the failed verdict.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import machine, peers
+from .contenders import (
+    DEFAULT_RUNGS,
+    PACKED,
+    PRECISIONS,
+    Contender,
+    matmul_precision,
+    peer_contender,
+    rung_contender,
+    work_rungs,
+)
+from .encoders import DECODER, IMAGE, TEXT, kind_of, load_any
+from .inputs import DTYPES, STOCK, InputError, at_least, backend_name, label, unaccepted
+from .memory import fresh_process
+from .models import LoadedModel
+from .parity import Parity, raised
+from .progress import progress
+from .timing import Recording, Spread, interleave, torch_threads
+from .workloads import Inputs, Work, judged, make_inputs, make_work, run_model, work_flops
+
+JUDGED = 2
+"""Inputs on which errors are measured, of those that are timed."""
+LENGTHS = {TEXT: (128,), DECODER: (512,), IMAGE: (0,)}
+Peak = Callable[[int], float | None]
+
+
+@dataclass(frozen=True)
+class WorkSettings:
+    """What is measured; one point per case, batch and length. `lengths` None means 128 for a text
+    encoder and 512 for a prompt; an image encoder takes none.
+    """
+
+    cases: tuple[tuple[str, str], ...]
+    rungs: tuple[str, ...] = DEFAULT_RUNGS
+    peers: tuple[str, ...] = ()
+    batches: tuple[int, ...] = (1,)
+    lengths: tuple[int, ...] | None = None
+    ragged: bool = False
+    backend: str = "auto"
+    rounds: int = 7
+    threads: int | None = None
+    seed: int = 0
+    matmul_precision: str = "highest"
+    memory: bool = False
+
+    def checked(self) -> WorkSettings:
+        """The same with normal names; InputError for what is not accepted."""
+        backend_name(self.backend)
+        at_least("rounds", self.rounds, 1)
+        if not self.cases:
+            raise InputError("no cases: expected some such as bert-base:bf16")
+        if not self.batches or self.lengths == ():
+            raise InputError("no batches or lengths: expected integers such as 1,8")
+        for what, values in (("batch", self.batches), ("length", self.lengths or ())):
+            for value in values:
+                at_least(what, value, 1)
+        if self.matmul_precision not in PRECISIONS:
+            raise unaccepted("matmul precision", self.matmul_precision, PRECISIONS)
+        for model, _ in self.cases:
+            kind = kind_of(model)
+            if kind == IMAGE and (self.lengths or self.ragged):
+                given = "ragged lengths" if self.ragged else f"length {self.lengths[0]}"
+                raise InputError(f"model {model!r} takes images: expected no {given}")
+            if kind == DECODER and self.ragged:
+                raise InputError(
+                    f"model {model!r} is a decoder: expected a text encoder for ragged lengths"
+                )
+        return replace(
+            self,
+            rungs=work_rungs(self.rungs),
+            peers=peers.peer_names(self.peers),
+            threads=at_least("threads", self.threads or torch.get_num_threads(), 1),
+        )
+
+
+@dataclass
+class WorkRow:
+    """One contender; `precision` is that of a peer's arithmetic. Times are None where it has none."""
+
+    name: str
+    precision: str | None = None
+    failure: str | None = None
+    ms: Spread | None = None
+    per_second: float | None = None
+    peak_share: float | None = None
+    speedup: float | None = None
+    parity: Parity | None = None
+    calls: dict[str, Any] = field(default_factory=dict)
+    memory: dict[str, int] | None = None
+
+    @property
+    def peer(self) -> bool:
+        """Whether this is another engine."""
+        return self.name in peers.PEERS
+
+    @property
+    def label(self) -> str:
+        """The name as tables print it."""
+        if self.peer:
+            return f"{peers.LABELS[self.name]} {self.precision}"
+        return "full, packed copies" if self.name == PACKED else label(self.name)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {
+            **vars(self),
+            "label": self.label,
+            "ms": self.ms and self.ms.to_dict(),
+            "parity": self.parity and self.parity.to_dict(),
+        }
+
+
+@dataclass
+class WorkItem:
+    """One point: rows, and the peers that are absent with the reason. `peak`: multiply-adds of a
+    large square product in the same rounds, in floating-point operations per second.
+    """
+
+    model: str
+    dtype: str
+    source: str
+    work: Work
+    flops: int
+    peak: Spread | None
+    rows: list[WorkRow]
+    absent: dict[str, str]
+
+    @property
+    def passed(self) -> bool:
+        """Whether every row has its verdict."""
+        return all(row.failure is None for row in self.rows)
+
+    def row(self, name: str) -> WorkRow | None:
+        """The row called `name`, None without one."""
+        return next((row for row in self.rows if row.name == name), None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {
+            "model": self.model,
+            "dtype": self.dtype,
+            "source": self.source,
+            "work": self.work.to_dict(),
+            "unit": self.work.unit,
+            "gflop": self.flops / 1e9,
+            "measured_peak_gflops": self.peak and self.peak.scaled(1e-9).to_dict(),
+            "passed": self.passed,
+            "rows": [row.to_dict() for row in self.rows],
+            "absent": self.absent,
+        }
+
+
+@dataclass
+class WorkResult:
+    """All points with what they were measured on."""
+
+    settings: WorkSettings
+    items: list[WorkItem]
+    environment: dict[str, Any]
+
+    @property
+    def passed(self) -> bool:
+        """Whether every row of every point has its verdict."""
+        return all(item.passed for item in self.items)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, for JSON."""
+        return {
+            "kind": "work",
+            "passed": self.passed,
+            "settings": asdict(self.settings),
+            "items": [item.to_dict() for item in self.items],
+            "environment": self.environment,
+        }
+
+    def markdown(self) -> str:
+        """One table per model and dtype, one row per point and contender."""
+        from .work_view import work_markdown
+
+        return work_markdown(self)
+
+
+def run_work(settings: WorkSettings, peak: Callable[..., Peak] | None = None) -> WorkResult:
+    """Measures every point of `settings`; `peak(dtype)` replaces the measured peak's kernel."""
+    settings, items = settings.checked(), []
+    with matmul_precision(settings.matmul_precision), torch_threads(settings.threads):
+        for model, dtype in settings.cases:
+            loaded, kind = load_any(model, dtype, settings.seed)
+            measured = (peak or machine.multiply_add_peak)(DTYPES[loaded.dtype])
+            points = [
+                make_work(loaded, kind, batch, length, settings.ragged, settings.seed)
+                for batch in settings.batches
+                for length in settings.lengths or LENGTHS[kind]
+            ]
+            items += [_measure(settings, loaded, work, measured) for work in points]
+    record = machine.environment(settings.threads)
+    record["versions"] |= machine.versions(settings.peers)
+    return WorkResult(settings, items, record)
+
+
+def _measure(settings: WorkSettings, loaded: LoadedModel, work: Work, peak: Peak) -> WorkItem:
+    inputs = make_inputs(loaded, work, settings.rounds, settings.seed)
+    count = len(settings.rungs) + len(settings.peers)
+    total = len(settings.peers) + count * (settings.rounds + 2) + 1
+    title = f"{loaded.name} {loaded.dtype} {work.label}"
+    with tempfile.TemporaryDirectory() as folder, progress(title, total) as advance:
+        contenders = [
+            rung_contender(loaded.model, work.kind, rung, settings.backend)
+            for rung in settings.rungs
+        ]
+        found, absent = _peers(settings, loaded, work, inputs[0], Path(folder), advance)
+        contenders += found
+        recording = interleave(contenders, inputs, 0, settings.threads, peak, advance)
+        parity = _parity(loaded, work, contenders, recording, inputs[:JUDGED], advance)
+        rows = [_row(one, recording, parity, settings.backend) for one in contenders]
+        peak_flops = Spread.of(recording.stream) if recording.stream else None
+        flops = work_flops(loaded.model, work)
+        _relate(rows, recording, work, flops, peak_flops)
+        if settings.memory:
+            _add_memory(rows, contenders, settings, loaded, inputs[0], work, Path(folder))
+    if peers.COMPILE in settings.peers:
+        torch.compiler.reset()
+    return WorkItem(
+        loaded.name, loaded.dtype, loaded.source, work, flops, peak_flops, rows, absent
+    )
+
+
+def _peers(
+    settings: WorkSettings,
+    loaded: LoadedModel,
+    work: Work,
+    example: Inputs,
+    folder: Path,
+    advance: Callable[[str], None],
+) -> tuple[list[Contender], dict[str, str]]:
+    """The peers that are ready, and why the others are not."""
+    found, absent = [], {}
+    for peer in settings.peers:
+        advance(f"making {peer}")
+        reason = peers.absent(peer, loaded.dtype, settings.matmul_precision)
+        if reason is None:
+            place = folder / peer
+            place.mkdir()
+            precision = peers.precision_of(peer, loaded.dtype, settings.matmul_precision)
+            try:
+                made = peer_contender(
+                    peer, loaded.model, work.kind, example, precision, settings.threads, place
+                )
+                found.append(made)
+            except InputError as error:
+                reason = str(error)
+        if reason is not None:
+            absent[peer] = reason
+    return found, absent
+
+
+def _parity(
+    loaded: LoadedModel,
+    work: Work,
+    contenders: Sequence[Contender],
+    recording: Recording,
+    inputs: Sequence[Inputs],
+    advance: Callable[[str], None],
+) -> dict[str, Parity]:
+    """Parity of every contender that ran, stock's first, as its yardstick."""
+    advance("reference")
+    wide = torch.float64 if loaded.dtype == "fp32" else torch.float32
+    model = raised(loaded.model)
+    with matmul_precision("highest"):
+        expected = [
+            judged(work, run_model(model, work.kind, _widened(one, wide))) for one in inputs
+        ]
+    norm = float(torch.stack([part.norm() for part in expected]).norm()) or 1.0
+    parity: dict[str, Parity] = {}
+    for contender in contenders:
+        advance(f"parity of {contender.name}")
+        if contender.name in recording.failures:
+            continue
+        gaps = [
+            judged(work, contender.call(one)).to(wide) - want
+            for one, want in zip(inputs, expected)
+        ]
+        largest = torch.stack([gap.abs().max() for gap in gaps]).max()
+        error, distance = float(largest), float(torch.stack([gap.norm() for gap in gaps]).norm())
+        stock = parity[STOCK].error if parity else error
+        parity[contender.name] = Parity(error, stock, distance / norm)
+    return parity
+
+
+def _widened(inputs: Inputs, dtype: torch.dtype) -> Inputs:
+    return {
+        name: value.to(dtype) if value.is_floating_point() else value
+        for name, value in inputs.items()
+    }
+
+
+def _row(
+    contender: Contender, recording: Recording, parity: dict[str, Parity], backend: str
+) -> WorkRow:
+    """A row with its verdict, times not yet in it."""
+    row = WorkRow(contender.name, contender.precision, recording.failures.get(contender.name))
+    row.parity, row.calls = parity.get(row.name), contender.counters()
+    if row.failure:
+        return row
+    if row.name == "none" and not any(row.calls["calls"].values()):
+        row.failure = "the wrapper was never called"
+    elif row.calls and row.name != "none" and not row.calls["fused"]:
+        refused = ", ".join(f"{why} x {count}" for why, count in row.calls["refused"].items())
+        row.failure = f"nothing was fused on back end {backend} ({refused or 'no reason counted'})"
+    elif row.name != STOCK and not row.parity.passed:
+        row.failure = (
+            f"error {row.parity.error:.3g} is {row.parity.ratio:.3g} times stock's own "
+            f"{row.parity.stock_error:.3g}, limit {row.parity.limit:g}"
+        )
+    return row
+
+
+def _relate(
+    rows: Sequence[WorkRow], recording: Recording, work: Work, flops: int, peak: Spread | None
+) -> None:
+    """Fills the times, and their relation to stock and to the measured peak."""
+    stock = Spread.of([sample.step for sample in recording.samples[STOCK]]).median
+    for row in rows:
+        if row.name in recording.failures or (row.failure and not row.peer):
+            continue
+        seconds = Spread.of([sample.step for sample in recording.samples[row.name]])
+        row.ms, row.speedup = seconds.scaled(1e3), stock / seconds.median
+        row.per_second = work.items / seconds.median
+        row.peak_share = flops / seconds.median / peak.median if peak else None
+
+
+def _add_memory(
+    rows: Sequence[WorkRow],
+    contenders: Sequence[Contender],
+    settings: WorkSettings,
+    loaded: LoadedModel,
+    inputs: Inputs,
+    work: Work,
+    folder: Path,
+) -> None:
+    """Peak memory of each row that has a time, in a process of its own."""
+    torch.save(inputs, folder / "inputs.pt")
+    for row, contender in zip(rows, contenders):
+        if row.ms is None:
+            continue
+        row.memory = fresh_process(
+            f"{__package__}.work_memory",
+            {
+                "contender": row.name,
+                "model": loaded.name,
+                "dtype": loaded.dtype,
+                "kind": work.kind,
+                "backend": settings.backend,
+                "precision": row.precision,
+                "matmul_precision": settings.matmul_precision,
+                "threads": settings.threads,
+                "seed": settings.seed,
+                "file": contender.file and str(contender.file),
+                "inputs": str(folder / "inputs.pt"),
+            },
+            f"{row.label}",
+        )
