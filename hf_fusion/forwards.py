@@ -283,23 +283,23 @@ def forward_for(cls: type, level: str, wrap_only: bool) -> Callable:
     def forward(self, *args, **kwargs):
         handle = vars(self).get(KEY)
         if type(handle) is not Handle or _is_compiling():
-            return original(self, *args, **kwargs)
+            return type(self).forward(self, *args, **kwargs)
         try:
             return run(handle, self, _arguments(names, args, kwargs))
         except FusionError as error:
             refusal = error
-        previous = handle.previous or MethodType(original, self)
+        previous = handle.previous or MethodType(type(self).forward, self)
         return _delegate(handle, self, refusal, lambda: previous(*args, **kwargs))
 
     @functools.wraps(original)
     def wrapped(self, *args, **kwargs):
         handle = vars(self).get(KEY)
         if type(handle) is not Handle or _is_compiling():
-            return original(self, *args, **kwargs)
+            return type(self).forward(self, *args, **kwargs)
         handle.state.stats.count("wrapped")
         if handle.previous is not None:
             return handle.previous(*args, **kwargs)
-        return original(self, *args, **kwargs)
+        return type(self).forward(self, *args, **kwargs)
 
     chosen = wrapped if wrap_only else forward
     chosen.hf_fusion_level = level

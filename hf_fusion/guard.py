@@ -154,7 +154,11 @@ def read_model_call(binding: ModelBinding, call: dict[str, Any], config: dict) -
 
 
 class EncoderCall(NamedTuple):
-    """A call of a whole encoder that may run; mask None or (B, S)."""
+    """A call of a whole encoder that may run.
+
+    mask: None, (B, S), or (B, 1, 1, S) where a sequence starts with padding: its first position,
+    which poolers and heads read, must then be computed, and so everything is.
+    """
 
     x: torch.Tensor
     mask: torch.Tensor | None
@@ -192,7 +196,9 @@ def read_encoder_call(
                 Reason.MASK,
                 f"attention_mask has shape {tuple(mask.shape)}, expected {tuple(x.shape[:2])}",
             )
-        mask = mask if mask.dtype in (torch.int64, torch.bool) else mask != 0
+        mask = mask != 0
+        if bool((mask.any(1) & ~mask[:, 0]).any()):
+            mask = mask[:, None, None, :]
     return EncoderCall(x, mask)
 
 
