@@ -53,7 +53,7 @@ def check_parameter(
 def _check_tensors(tensors: BlockTensors, shapes: BlockTensors) -> torch.dtype:
     dtype = None
     for name, tensor, shape in zip(BlockTensors._fields, tensors, shapes, strict=True):
-        if tensor is not None or name.endswith("weight"):
+        if shape is not None and (tensor is not None or name.endswith("weight")):
             dtype = check_parameter(name, tensor, shape, dtype)
     return dtype
 
