@@ -115,15 +115,15 @@ def labels_of(family: str, cls: type) -> dict:
     if family in VISION or "Sequence" in cls.__name__:
         return {"labels": torch.tensor([0, 3, 1])}
     if "Question" in cls.__name__:
-        return {"start_positions": torch.tensor([0, 2, 1]), "end_positions": torch.tensor([3, 3, 1])}
+        spans = {"start_positions": [0, 2, 1], "end_positions": [3, 3, 1]}
+        return {name: torch.tensor(at) for name, at in spans.items()}
     return {"labels": torch.randint(0, 5, (3, 17))}
 
 
+LABELLED = ("MaskedLM", "Sequence", "Token", "Question", "ImageClassification")
 LOSSES = [
-    case for case in classes()
-    if any(n in case.id for n in ("MaskedLM", "Sequence", "Token", "Question", "ImageClassification"))
-    and "Teacher" not in case.id
-]  # fmt: skip
+    case for case in classes() if any(n in case.id for n in LABELLED) and "Teacher" not in case.id
+]
 
 
 @pytest.mark.parametrize("family, cls", LOSSES)

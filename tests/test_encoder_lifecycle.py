@@ -187,7 +187,7 @@ def test_the_next_answer_after_an_edit_is_stock_s(family, packed, edit, trials):
 @pytest.mark.reliability(23)
 @pytest.mark.parametrize("family", ("vit", "bert"))
 def test_a_write_past_the_version_counter_shows_within_its_bound(family, trials):
-    """One element written by way of .data: packed copies notice within eight times a row's lines."""
+    """Packed copies notice one element written through .data within eight times a row's lines."""
     for index in range(12):
         model, stock = encoder_pair(family, "full", "cpu", True)
         hidden_states(model, family)
