@@ -63,6 +63,7 @@ hff_status hff_model_forward(const hff_call* call, const hff_model* model, const
   HFF_TRY(check_call(*call));
   HFF_TRY(check_model(*model, *call, caches));
   HFF_TRY(check_model_io(*io, *call, *model));
+  HFF_TRY(check_positions(*call, model->blocks[0].heads.rotary_dim));
   return dispatch(&Backend::model, *call, *model, caches, *io);
 }
 
