@@ -7,6 +7,7 @@
 #include <cfenv>
 #include <csignal>
 #include <cstdio>
+#include <cstdlib>
 #include <thread>
 
 #include "trial.h"
@@ -169,6 +170,7 @@ bool run_fork(const Options& options, const std::string& isa) {
 }
 
 bool run_openmp(const Options& options, const std::string& isa) {
+  setenv("GOMP_SPINCOUNT", "10000", 0);  // cores are few and shared
   void* runtime = HFF_TESTS_TSAN ? nullptr : dlopen("libgomp.so.1", RTLD_NOW);
   if (!runtime) {
     Tally tally(options, "openmp", "rows 16, 20, 21, 24 on OpenMP threads", isa);
