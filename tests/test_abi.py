@@ -73,14 +73,19 @@ def test_constants_equal_the_header_s():
         "NORM": native.NORMS,
         "RESIDUAL": native.RESIDUALS,
         "QKV": native.QKV_LAYOUTS,
+        "PRECISION": native.PRECISIONS,
         "STAGE": native.STAGES,
     }
     for prefix, table in tables.items():
         mirrored |= {
             f"{prefix}_{name.upper().replace('+', '_')}": value for name, value in table.items()
         }
+    # three matrices are no layout of their own: stacked, with k and v given
+    assert mirrored.pop("QKV_SEPARATE") == mirrored["QKV_STACKED"]
     assert mirrored == header
-    for name, value in re.findall(r"#define HFF_(ABI_VERSION|MAX_ROWS|MAX_HEAD_DIM) (\d+)", CODE):
+    defines = dict(re.findall(r"#define HFF_(\w+) (\d+)", CODE))
+    assert set(defines) == {"ABI_VERSION", "MAX_HEAD_DIM"}
+    for name, value in defines.items():
         assert getattr(native, name) == int(value)
 
 
@@ -156,6 +161,17 @@ def test_zero_rows_are_fine_and_touch_nothing():
     norm, io, arrays = norm_call()
     io.rows, io.x, io.out = 0, native.Buffer(), native.Buffer()
     assert native.load().hff_norm_forward(ctypes.byref(norm), ctypes.byref(io)) == native.OK
+
+
+def test_packed_bytes_are_zero_where_nothing_can_be_packed():
+    packed_bytes = native.load().hff_packed_bytes
+    for dtype in (native.F32, native.BF16, native.F16):
+        for precision in native.PRECISIONS.values():
+            size = packed_bytes(dtype, precision, 33, 17)
+            assert size >= 33 * 17 * 2 and packed_bytes(dtype, precision, 66, 17) > size
+            for rows, cols in ((0, 1), (1, 0), (-1, 8), (2**62, 2**62), (2**63 - 1, 1)):
+                assert packed_bytes(dtype, precision, rows, cols) == 0
+    assert packed_bytes(3, 0, 8, 8) == packed_bytes(0, 3, 8, 8) == packed_bytes(-1, -1, 8, 8) == 0
 
 
 def test_advance_moves_every_length_or_none():
@@ -261,6 +277,13 @@ def test_csrc_includes_point_down():
             assert re.fullmatch(allowed.get(name, r".*"), included), f"{name} includes {included}"
             assert not (name.startswith("cpu/") and re.search("abi|cuda", included)), name
             assert not (name.startswith("cuda/") and re.search("abi|cpu/", included)), name
+    # what is compiled once per instruction set stands in kernels.cc, each file once and after vec-inl.h
+    inner = {path.relative_to(ROOT / "csrc").as_posix() for path in (ROOT / "csrc/cpu").glob("*-inl.h")}
+    kernels = re.findall(r"#include \"(.*-inl\.h)\"", (ROOT / "csrc/cpu/kernels.cc").read_text())
+    assert kernels[0] == "cpu/vec-inl.h" and sorted(kernels) == sorted(inner)
+    for name in inner:
+        included = re.findall(r"#include (\S+)", (ROOT / "csrc" / name).read_text())
+        assert set(included) <= {"<immintrin.h>"}, f"{name} includes {included}"
     maths = r"\b(exp|sqrt|tanh|erf|fma|cos|sin|log|pow)f?\s*\("
     for name in ("abi.cc", "abi_checks.h"):
         assert not re.search(maths, (ROOT / "csrc" / name).read_text()), name
