@@ -4,8 +4,8 @@
 //   --seed N       first seed; trial i uses N + i, so a printed seed with --trials 1 replays one
 //   trial
 //   --trials N     per row and instruction set, instead of the row's own count
-//   --only a,b     rows (parity, exact, differential, determinism, edge, host, threads, fork,
-//   allocation)
+//   --only a,b     rows (parity, exact, differential, determinism, edge, panels, strides, host,
+//   threads, fork, openmp, allocation)
 //                  and kernels (norm, linear, attention, block, model, pack)
 //   --isa NAME     one instruction set instead of all the machine has; one that is absent is an
 //   error
@@ -82,6 +82,8 @@ constexpr RowEntry kRows[] = {{"host", run_host},
                               {"edge", run_edge},
                               {"differential", run_differential},
                               {"determinism", run_determinism},
+                              {"panels", run_panels},
+                              {"strides", run_strides},
                               {"allocation", run_allocation},
                               {"threads", run_threads},
                               {"fork", run_fork},

@@ -91,6 +91,8 @@ bool run_threads(const Options& options, const std::string& isa);
 bool run_fork(const Options& options, const std::string& isa);
 // determinism, host, threads and fork again, calls running on an OpenMP runtime's threads
 bool run_openmp(const Options& options, const std::string& isa);
+bool run_strides(const Options& options, const std::string& isa);
+bool run_panels(const Options& options, const std::string& isa);
 bool run_allocation(const Options& options, const std::string& isa);
 bool run_fuzz(const Options& options, const std::string& isa);
 bool run_bench(const Options& options, const std::string& isa);
