@@ -11,7 +11,8 @@ from .models import PYTHIA_SHAPES, LoadedModel, load_model
 from .perplexity import PerplexityResult, PerplexityRow, PerplexitySettings, run_perplexity
 from .render import write
 from .sweep import BenchResult, SweepResult, run_batch_sweep, run_bench, run_context_sweep
-from .work import WorkItem, WorkResult, WorkRow, WorkSettings, run_work
+from .work import WorkSettings, run_work
+from .work_result import WorkItem, WorkResult, WorkRow
 
 __all__ = [
     "AblationResult",

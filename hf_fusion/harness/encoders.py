@@ -1,4 +1,4 @@
-"""Encoders by name, and which kind of model a name stands for: image encoder, text encoder, decoder.
+"""Encoders by name, and the kind a name stands for: image encoder, text encoder or decoder.
 
 As for decoders, a shape has seeded random weights: latency does not depend on their values.
 """

@@ -128,8 +128,8 @@ def random_pythia(name: str, dtype: str, seed: int) -> nn.Module:
 
 
 def random_model(config: Any, dtype: str, seed: int, auto: Any = None) -> nn.Module:
-    """The model of `config` by the auto class `auto` (default causal LM), filled once, with the same values (rounded) in every
-    dtype.
+    """The model of `config` by the auto class `auto` (default causal LM), filled once, with
+    the same values (rounded) in every dtype.
 
     Parameters are made on the meta device first: the library's own initialisation takes minutes at
     a billion weights.

@@ -1,4 +1,4 @@
-"""Other engines on the same work: torch.compile, OpenVINO, ONNX Runtime. Each is there or says why not.
+"""Other engines on the same work: torch.compile, OpenVINO, ONNX Runtime; or why one is absent.
 
 They are made from the same model. OpenVINO and ONNX Runtime read it from a file, so that their
 memory can be measured in a process that has no torch model.

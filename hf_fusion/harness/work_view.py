@@ -12,7 +12,7 @@ from .machine import describe
 from .render import command_line, counts, figure, stock_in_part, table
 
 if TYPE_CHECKING:
-    from .work import WorkItem, WorkResult, WorkRow
+    from .work_result import WorkItem, WorkResult, WorkRow
 
 
 def work_markdown(result: WorkResult) -> str:
