@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class WorkRow:
-    """One contender; `precision` is that of a peer's arithmetic. Times are None without a result."""
+    """One contender, `precision` that of a peer's arithmetic. No result: times are None."""
 
     name: str
     precision: str | None = None
