@@ -15,6 +15,8 @@
 // Order of sums: each product as in gemm-inl.h; (mlp + attn) + x as Hugging Face adds. No bit
 //   depends on threads, or on the other rows of the call.
 // Bytes: weights once per phase and strip, activations from L2 or L3. Bound: multiply-adds.
+// Memory: what lives at different times shares a place: qkv and act where they are not made in one
+//   phase, the norms' output and the attention's.
 
 namespace hff {
 namespace HFF_ISA {
@@ -29,10 +31,10 @@ struct GemmScratch {
   float* x;             // (rows, hidden)
   float* mlp;           // (rows, hidden): down(act) of a parallel layer, until o joins it
   T* qkv;               // (rows, qkv rows of the layer)
+  Operands<P> act;      // (rows, mlp_width), over qkv but for parallel layers
   Operands<P> normed;   // (rows, hidden): input of qkv and of up, of qkv alone in a parallel layer
+  Operands<P> context;  // (rows, heads * head_dim), over normed
   Operands<P> second;   // (rows, hidden): input of up in a parallel layer
-  Operands<P> context;  // (rows, heads * head_dim)
-  Operands<P> act;      // (rows, mlp_width)
   Counter* counters;    // (layers, kPhases, threads), then (threads) for the head
   // private, (threads, ...)
   typename P::Element* panels;  // (panel_room)
@@ -61,11 +63,22 @@ struct GemmScratch {
     };
     x = arena->take<float>(rows * Size(hidden));
     mlp = arena->take<float>(parallel ? rows * Size(hidden) : Size(0));
-    qkv = arena->take<T>(rows * Size(qkv_width));
-    normed = take(hidden, true);
+    const Size projected = rows * Size(qkv_width), tiled = operand_rows(row_count);
+    act.stride = operand_stride<P>(mlp_width);
+    if (parallel) {
+      qkv = arena->take<T>(projected);
+      act = take(mlp_width, true);
+    } else {
+      const Size bytes = projected * Size(sizeof(T)),
+                 other = tiled * Size(act.stride) * Size(sizeof(typename P::Input));
+      const bool act_larger = bytes.ok() && !(other.fits(bytes.value()));
+      char* shared = arena->take<char>(act_larger ? other : bytes);
+      qkv = reinterpret_cast<T*>(shared);
+      act.data = reinterpret_cast<typename P::Input*>(shared);
+    }
+    normed = take(larger(hidden, context_width), true);
+    context = normed;
     second = take(hidden, parallel);
-    context = take(context_width, true);
-    act = take(mlp_width, true);
     counters = arena->take<Counter>((Size(count) * Size(kPhases) + Size(1)) * threads);
     panel_room = group_room<P>(cols);
     line_room = (hidden + kLanes - 1) / kLanes * kLanes;
@@ -160,10 +173,8 @@ struct GemmPass {
     const bool post = block.residual == HFF_RESIDUAL_POST_NORM;
     if (!post) norm(block.attention_norm, scratch.normed, false);
     if (parallel() && stage != HFF_STAGE_ATTENTION) norm(block.mlp_norm, scratch.second, false);
-    for (int64_t r = first_row(); r < end_row(); ++r) {
-      if (post) round_row(x_row(r), block.hidden, scratch.normed.row(r));
-      zero_tail<P>(scratch.context.row(r), block.o.cols);
-    }
+    for (int64_t r = first_row(); post && r < end_row(); ++r)
+      round_row(x_row(r), block.hidden, scratch.normed.row(r));
     barrier->wait();
   }
 
@@ -211,6 +222,8 @@ struct GemmPass {
     const int64_t pairs = call.batch * heads;
     const FlashScratch private_scratch(scratch.flash + thread * scratch.flash_room,
                                        block.heads.head_dim);
+    for (int64_t r = first_row(); r < end_row(); ++r)
+      zero_tail<P>(scratch.context.row(r), block.o.cols);
     Shares units(counters + Scratch::kAttend * call.threads, pairs * tiles, thread, width);
     for (int64_t u = units.take(); u >= 0; u = units.take()) {
       const int64_t b = u / tiles / heads, first = (tiles - 1 - u % tiles) * kQueries;
