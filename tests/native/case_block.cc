@@ -25,7 +25,8 @@ class BlockCase : public CaseOf<BlockCase> {
     stage_ = designed ? HFF_STAGE_FULL
                       : static_cast<int32_t>(random.range(HFF_STAGE_ATTENTION, HFF_STAGE_FULL));
     call_ = draw_call(random, arena, design, dtype_, heads, false);
-    if (call_.rows() > CallData::kFewRows && !designed) mlp = std::min<int64_t>(mlp, 200);
+    if (call_.rows() > CallData::kFewRows && !designed)
+      mlp = std::min<int64_t>(mlp, 130), hidden = std::min<int64_t>(hidden, 130);
     block_ = BlockData::random(random, arena, dtype_, heads, hidden, mlp,
                                designed ? HFF_RESIDUAL_PARALLEL
                                         : static_cast<int32_t>(random.range(

@@ -25,7 +25,10 @@ class ModelCase : public CaseOf<ModelCase> {
       hidden_ = design.hidden, mlp = 4 * hidden_, layers = design.layers, vocab_ = design.vocab;
     }
     call_ = draw_call(random, arena, design, dtype_, heads, true);
-    if (call_.rows() > CallData::kFewRows && !design.heads) mlp = std::min<int64_t>(mlp, 100);
+    if (call_.rows() > CallData::kFewRows && !design.heads) {
+      hidden_ = std::min<int64_t>(hidden_, 70), mlp = std::min<int64_t>(mlp, 100);
+      layers = std::min<int64_t>(layers, 2);
+    }
     const int32_t kind = random.pick<int32_t>({HFF_NORM_LAYER, HFF_NORM_RMS});
     const int32_t residual =
         design.heads

@@ -206,6 +206,24 @@ struct Attended {
   std::vector<char> all_masked;
 };
 
+// q with every key: each sum in order, four of them side by side.
+template <class A>
+Row<A> score(const A& a, const Row<A>& q, const Row<A>& keys, int64_t total) {
+  const int64_t dim = static_cast<int64_t>(q.size());
+  Row<A> scores(static_cast<size_t>(total));
+  int64_t j = 0;
+  for (; !a.luck && j + 4 <= total; j += 4) {
+    typename A::Number sums[4] = {};
+    for (int64_t step = 0; step < dim; ++step) {
+      const int64_t d = a.backward ? dim - 1 - step : step;
+      for (int64_t u = 0; u < 4; ++u) sums[u] += q[d] * keys[(j + u) * dim + d];
+    }
+    std::copy_n(sums, 4, scores.begin() + j);
+  }
+  for (; j < total; ++j) scores[j] = dot(a, q.data(), keys.data() + j * dim, dim);
+  return scores;
+}
+
 template <class A>
 Row<A> softmax_average(const A& a, const HeadsData& h, const Row<A>& q, const Row<A>& keys,
                        const Row<A>& values, const std::vector<double>& bias, bool* dead) {
@@ -213,10 +231,11 @@ Row<A> softmax_average(const A& a, const HeadsData& h, const Row<A>& q, const Ro
   const int64_t total = static_cast<int64_t>(bias.size());
   Row<A> p(bias.size(), 0);
   Number highest = -std::numeric_limits<Number>::infinity();
+  const Row<A> scores = score(a, q, keys, total);
   for (int64_t j = 0; j < total; ++j) {
     if (std::isinf(bias[j])) continue;
-    const Number score = a.round(dot(a, q.data(), keys.data() + j * h.head_dim, h.head_dim));
-    p[j] = a.round(a.round(score * static_cast<Number>(h.scale)) + static_cast<Number>(bias[j]));
+    p[j] = a.round(a.round(a.round(scores[j]) * static_cast<Number>(h.scale)) +
+                   static_cast<Number>(bias[j]));
     highest = p[j] > highest || std::isnan(p[j]) ? p[j] : highest;
   }
   *dead = highest == -std::numeric_limits<Number>::infinity();
@@ -224,12 +243,17 @@ Row<A> softmax_average(const A& a, const HeadsData& h, const Row<A>& q, const Ro
   for (int64_t j = 0; j < total; ++j) {
     if (!std::isinf(bias[j])) sum += p[j] = std::exp(p[j] - highest);
   }
-  Row<A> column(bias.size()), context(static_cast<size_t>(h.head_dim));
+  Row<A> column(bias.size()), context(static_cast<size_t>(h.head_dim), 0);
   for (Number& weight : p) weight = a.round(weight / sum);
+  for (int64_t step = 0; !a.luck && step < total; ++step) {
+    const int64_t j = a.backward ? total - 1 - step : step;
+    if (std::isinf(bias[j])) continue;
+    for (int64_t d = 0; d < h.head_dim; ++d) context[d] += p[j] * values[j * h.head_dim + d];
+  }
   for (int64_t d = 0; d < h.head_dim; ++d) {
-    for (int64_t j = 0; j < total; ++j)
+    for (int64_t j = 0; a.luck && j < total; ++j)
       column[j] = std::isinf(bias[j]) ? 0 : values[j * h.head_dim + d];
-    context[d] = a.round(dot(a, p.data(), column.data(), total));
+    context[d] = a.round(a.luck ? dot(a, p.data(), column.data(), total) : context[d]);
   }
   return context;
 }
