@@ -38,7 +38,7 @@ class ModelCase : public CaseOf<ModelCase> {
     for (int64_t layer = 0; layer < layers; ++layer) {
       blocks_.push_back(BlockData::random(random, arena, dtype_, heads, hidden_, mlp, residual,
                                           activation, kind));
-      if (call_.cached) caches_.push_back(draw_cache(random, *this, design, call_, heads));
+      caches_.push_back(draw_cache(random, *this, design, call_, heads));
     }
     if (call_.positions)
       indices.push_back({call_.positions, call_.rope_rows, blocks_[0].heads.rotary_dim > 0});
@@ -148,7 +148,7 @@ class ModelCase : public CaseOf<ModelCase> {
     }
     std::vector<Row<A>> appended_rows;
     std::vector<char> free(static_cast<size_t>(call_.rows()), 0);
-    const size_t first_cache = results.size() - 2 * caches_.size();
+    const size_t first_cache = results.size() - (call_.cached ? 2 * blocks_.size() : 0);
     for (size_t layer = 0; layer < blocks_.size(); ++layer) {
       const BlockResult<A> r = block(a, blocks_[layer], call_, caches_[layer], x);
       x = r.out;
@@ -216,6 +216,7 @@ class ModelCase : public CaseOf<ModelCase> {
       results.push_back(contiguous("logits", logits_));
     }
     for (const CacheData& cache : caches_) {
+      if (!call_.cached) break;
       results.push_back(appended("keys", cache.keys, cache, call_.queries));
       results.push_back(appended("values", cache.values, cache, call_.queries));
     }
