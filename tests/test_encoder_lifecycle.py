@@ -175,9 +175,8 @@ def test_the_next_answer_after_an_edit_is_stock_s(family, packed, edit, trials):
                 edit(m, family)
             after, want = hidden_states(model, family), hidden_states(stock, family)
             assert_same(after, want, f"{what}, time {again}")
-            if before[0].dtype == want[0].dtype:
+            if not again and before[0].dtype == want[0].dtype:  # the second may undo the first
                 assert_moved(before, want, what)
-            before = want
             trials()
         refused = {Reason.GRADIENTS.value} if edit.__name__ in TRAINS else set()
         noted(model)
