@@ -57,7 +57,7 @@ uint64_t hff_struct_size(int32_t index) {
 }
 
 hff_status hff_model_forward(const hff_call* call, const hff_model* model, const hff_cache* caches,
-                      const hff_model_io* io) {
+                             const hff_model_io* io) {
   HFF_REQUIRE(call != nullptr && model != nullptr && io != nullptr,
               "a struct of hff_model_forward is null");
   HFF_TRY(check_call(*call));

@@ -241,8 +241,7 @@ inline hff_status check_call(const hff_call& call) {
 
 // What a call without caches may have: starts only with neither RoPE nor mask.
 inline hff_status check_own_keys(const hff_call& call, const hff_heads& h) {
-  HFF_REQUIRE(call.starts.data == nullptr ||
-                  (h.rotary_dim == 0 && call.mask.kind == HFF_MASK_NONE),
+  HFF_REQUIRE(call.starts.data == nullptr || (h.rotary_dim == 0 && call.mask.kind == HFF_MASK_NONE),
               "starts are given with rotary_dim %lld and mask kind %d, expected 0 and none",
               shown(h.rotary_dim), call.mask.kind);
   return check_mask(call.mask, call, call.queries);
@@ -327,8 +326,7 @@ inline hff_status check_ids(const hff_model_io& io, const hff_call& call, const 
   return HFF_OK;
 }
 
-inline hff_status check_model_io(const hff_model_io& io, const hff_call& call,
-                                  const hff_model& m) {
+inline hff_status check_model_io(const hff_model_io& io, const hff_call& call, const hff_model& m) {
   const int64_t size = element_bytes(call.dtype);
   HFF_REQUIRE(io.struct_size == sizeof(hff_model_io),
               "hff_model_io has another size for the caller");

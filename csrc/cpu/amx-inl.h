@@ -77,8 +77,7 @@ struct TileScope {
   TileScope(const TileScope&) = delete;
 };
 // The intrinsics take their tiles as literals.
-#define HFF_TILE(i) \
-  if constexpr (I == i)
+#define HFF_TILE(i) if constexpr (I == i)
 template <int I>
 HFF_INLINE void tile_zero() {
   HFF_TILE(0) _tile_zero(0);

@@ -120,9 +120,7 @@ struct Attention {
     return b * cache.batch_stride + g * cache.head_stride + token * cache.token_stride;
   }
   // Keys [0, limit) are causally visible to query i of batch row b.
-  int64_t limit(int64_t b, int64_t i) const {
-    return past + (call.causal ? i + 1 : queries(b));
-  }
+  int64_t limit(int64_t b, int64_t i) const { return past + (call.causal ? i + 1 : queries(b)); }
 
   template <class Out>
   void rotate(const Q* head, int64_t b, int64_t i, Out* out) const {

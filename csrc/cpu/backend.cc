@@ -188,7 +188,8 @@ hff_status hff_select_isa(const char* name) {
   }
   return hff::fail(
       HFF_UNSUPPORTED,
-      "instruction set '%.64s' is unknown; expected scalar, avx2, avx512, avx512_bf16 or amx", name);
+      "instruction set '%.64s' is unknown; expected scalar, avx2, avx512, avx512_bf16 or amx",
+      name);
 }
 
 const char* hff_isa(void) {

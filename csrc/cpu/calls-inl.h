@@ -46,7 +46,8 @@ static hff_status attention_call(const hff_call& call, const hff_heads& heads,
   Counter* counters = nullptr;
   // Keys that RoPE changes need a place, and qkv is the caller's: a cache for this call.
   const bool own = cache == nullptr && heads.rotary_dim > 0;
-  const int64_t token = heads.head_dim, head = call.queries * token, row = heads.kv_heads * head;
+  const int64_t token = heads.head_dim, head = own ? call.queries * token : 0;
+  const int64_t row = heads.kv_heads * head;
   const Size size = own ? Size(call.batch) * Size(row) : Size(0);
   int64_t none = 0;
   hff_cache rotated = {{}, {}, row, head, token, call.queries, &none};
@@ -160,8 +161,7 @@ static hff_status linear_of_many(const hff_linear& linear, const hff_linear_io& 
   const int64_t stride = operand_stride<P>(linear.cols);
   const bool had = with_scratch([&](Arena* a) {
     run.x = {a->take<typename P::Input>(operand_rows(io.rows) * Size(stride)), stride};
-    run.panels =
-        a->take<typename P::Element>(Size(io.threads) * Size(group_room<P>(linear.cols)));
+    run.panels = a->take<typename P::Element>(Size(io.threads) * Size(group_room<P>(linear.cols)));
     run.counters = a->take<Counter>(io.threads);
   });
   if (!had) return fail(HFF_OUT_OF_MEMORY, "no memory for the scratch of a linear");
@@ -200,9 +200,8 @@ template <class T, class P>
 static hff_status pack_call(const hff_linear& linear, int32_t threads, void* out) {
   const PackedHeader header = packed_header<P>(linear);
   std::memset(out, 0, kPackedHeader);
-  PackRun<T, P> run{linear,
-                    reinterpret_cast<typename P::Element*>(static_cast<char*>(out) + kPackedHeader),
-                    {}};
+  PackRun<T, P> run{
+      linear, reinterpret_cast<typename P::Element*>(static_cast<char*>(out) + kPackedHeader), {}};
   run_on_team(threads, PackRun<T, P>::work, &run);
   std::memcpy(out, &header, sizeof(header));
   return HFF_OK;
@@ -243,9 +242,8 @@ static hff_status block_call(const hff_call& call, const hff_block& block, const
 template <class T>
 static hff_status linear_call(const hff_linear& linear, const hff_linear_io& io) {
   if (io.rows <= kFewRows) return linear_of_few<T>(linear, io);
-  return with_product<T>(io.precision, [&](auto product) {
-    return linear_of_many<T, decltype(product)>(linear, io);
-  });
+  return with_product<T>(
+      io.precision, [&](auto product) { return linear_of_many<T, decltype(product)>(linear, io); });
 }
 
 template <class T>
@@ -258,8 +256,8 @@ static int64_t packed_bytes_of(int32_t precision, int64_t rows, int64_t cols) {
 
 template <class T>
 static bool panels_fit(const hff_linear& linear, int32_t precision) {
-  return with_product<T>(
-      precision, [&](auto product) { return has_panels<decltype(product)>(linear); });
+  return with_product<T>(precision,
+                         [&](auto product) { return has_panels<decltype(product)>(linear); });
 }
 
 template <class T>

@@ -85,7 +85,7 @@ struct BlockRun {
 
 template <class T>
 static hff_status block_of_few(const hff_call& call, const hff_block& block, const hff_cache& cache,
-                             const hff_block_io& io) {
+                               const hff_block_io& io) {
   LayerScratch<T> scratch;
   const bool had =
       with_scratch([&](Arena* a) { scratch = carve<T>(a, call, &block, 1, &cache, block.hidden); });
@@ -194,8 +194,8 @@ struct DecodeRun {
 };
 
 template <class T>
-static hff_status model_of_few(const hff_call& call, const hff_model& model, const hff_cache* caches,
-                              const hff_model_io& io) {
+static hff_status model_of_few(const hff_call& call, const hff_model& model,
+                               const hff_cache* caches, const hff_model_io& io) {
   LayerScratch<T> scratch;
   Operand<T>* last = nullptr;
   const bool had = with_scratch([&](Arena* a) {

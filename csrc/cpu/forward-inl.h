@@ -75,8 +75,8 @@ struct GemmModelRun {
       embed_row<T>(run.call, run.model, run.io, r, run.scratch.x + r * hidden);
     for (int64_t l = 0; l < run.model.block_count; ++l) {
       GemmPass<T, P>(run.call, run.model.blocks[l],
-                     run.caches != nullptr ? run.caches + l : nullptr, run.scratch, l,
-                     &run.barrier, thread, width, nullptr)
+                     run.caches != nullptr ? run.caches + l : nullptr, run.scratch, l, &run.barrier,
+                     thread, width, nullptr)
           .run();
     }
     // norm_out fills other rows of `normed` than a thread's own, which a post-norm layer ends in

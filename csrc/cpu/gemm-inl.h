@@ -21,9 +21,9 @@ constexpr int kTileRows = 6;  // 12, 2, 1 of 16
 constexpr int kTileRows = 2;  // 8, 4, 2 of 16, four floats each
 #endif
 constexpr int64_t kGroupBytes = 256 * 1024;  // panels of a group: a quarter of L2 or less
-constexpr int64_t kSumDepth = 128;    // fp32 products added up before they join the sum: the error of
-                                      // one chain of 768 is twice that
-constexpr int64_t kMaxTileRows = 32;         // of any product; rows of a tile buffer
+constexpr int64_t kSumDepth = 128;  // fp32 products added up before they join the sum: the error of
+                                    // one chain of 768 is twice that
+constexpr int64_t kMaxTileRows = 32;  // of any product; rows of a tile buffer
 
 // Rows of A, and of the tile buffer.
 template <class P>

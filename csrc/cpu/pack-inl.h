@@ -80,8 +80,8 @@ static bool has_panels(const hff_linear& linear) {
 template <class P>
 HFF_INLINE Size packed_size(int64_t rows, int64_t cols) {
   const Size panel = Size(P::kParts * kPanel) * Size(P::padded(cols));
-  return Size(kPackedHeader) + Size(panels_of(rows)) * panel *
-                                   Size(static_cast<int64_t>(sizeof(typename P::Element)));
+  return Size(kPackedHeader) +
+         Size(panels_of(rows)) * panel * Size(static_cast<int64_t>(sizeof(typename P::Element)));
 }
 
 // The product that multiplies weights of type T at a precision, as an argument of function(P).
@@ -112,8 +112,7 @@ HFF_INLINE Words load_words(const void* p, int64_t bytes) {
 HFF_INLINE void store_words(Words w, void* p) { _mm512_storeu_si512(p, w); }
 HFF_INLINE void store_halves(Words w, void* low, void* high) {
   _mm256_storeu_si256(static_cast<__m256i*>(low), _mm512_cvtepi32_epi16(w));
-  _mm256_storeu_si256(static_cast<__m256i*>(high),
-                      _mm512_cvtepi32_epi16(_mm512_srli_epi32(w, 16)));
+  _mm256_storeu_si256(static_cast<__m256i*>(high), _mm512_cvtepi32_epi16(_mm512_srli_epi32(w, 16)));
 }
 HFF_INLINE void transpose(Words* r) {
   Words t[16];
@@ -150,9 +149,7 @@ HFF_INLINE Words load_words(const void* p, int64_t bytes) {
   if (bytes > 0) std::memcpy(buffer, p, static_cast<size_t>(bytes));
   return _mm256_load_si256(reinterpret_cast<const __m256i*>(buffer));
 }
-HFF_INLINE void store_words(Words w, void* p) {
-  _mm256_storeu_si256(static_cast<__m256i*>(p), w);
-}
+HFF_INLINE void store_words(Words w, void* p) { _mm256_storeu_si256(static_cast<__m256i*>(p), w); }
 HFF_INLINE void store_halves(Words w, void* low, void* high) {
   const Words both = _mm256_packus_epi32(_mm256_and_si256(w, _mm256_set1_epi32(0xffff)),
                                          _mm256_srli_epi32(w, 16));  // per 128 bits: low, high
@@ -250,9 +247,9 @@ static void pack_panel(const hff_linear& linear, int64_t panel, typename P::Elem
       for (int64_t k = 0; k < depth; k += kLanes * kPerWord) {
         Words w[kLanes];
         for (int64_t r = 0; r < kLanes; ++r) {
-          w[r] = r < have ? row_words<T, P>(rows + (first + r) * linear.row_stride, k, linear.cols,
-                                            part)
-                          : no_words();
+          w[r] = r < have
+                     ? row_words<T, P>(rows + (first + r) * linear.row_stride, k, linear.cols, part)
+                     : no_words();
         }
         transpose(w);
         typename P::Element* to = out + k * kPanel + half * P::kDepth;

@@ -25,6 +25,7 @@ struct Result {
   std::vector<std::vector<double>> stock;  // samples: orders of summation, luck of rounding
   double allowance = 0;  // absolute, derived by the case where sums are long; 0 elsewhere
   bool halves = false;   // fp32 by products of bf16: judged as bf16
+  bool split = false;    // fp32 by products of two bf16 parts: 2^-15 more, and Inf may become NaN
 };
 
 // An input whose numbers a case may be spoilt with before it is sealed: rows of `width` elements.
@@ -121,7 +122,10 @@ class CaseOf : public Case {
       results[r].exact.assign(exact[r].begin(), exact[r].end()), results[r].stock.clear();
     if (!judged) return;
     const Parts parts = parts_of(dtype(), precision());
-    for (Result& result : results) result.halves = parts == Parts::kOne;
+    for (Result& result : results) {
+      result.halves = parts == Parts::kOne;
+      result.split = parts == Parts::kTwo;
+    }
     add_stock({dtype(), false, nullptr, parts});
     // Rounding to 16 bits hides the order of fp32 sums.
     if (dtype() == HFF_F32) add_stock({dtype(), true, nullptr, parts});

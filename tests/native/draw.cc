@@ -16,8 +16,9 @@ int32_t draw_precision(Random& random) {
 Parts parts_of(int32_t dtype, int32_t precision) {
   const std::string isa = hff_isa();
   if (dtype != HFF_F32 || precision == HFF_PRECISION_HIGHEST) return Parts::kWhole;
-  if (precision == HFF_PRECISION_HIGH) return isa == "amx" ? Parts::kTwo : Parts::kWhole;
-  return isa == "avx512_bf16" || isa == "amx" ? Parts::kOne : Parts::kWhole;
+  const bool tiles = isa == "amx" || isa == "amx_emulated";
+  if (precision == HFF_PRECISION_HIGH) return tiles ? Parts::kTwo : Parts::kWhole;
+  return tiles || isa == "avx512_bf16" ? Parts::kOne : Parts::kWhole;
 }
 
 void fill_starts(Random& random, Arena& arena, CallData& call) {
@@ -141,8 +142,12 @@ void draw_rows(Random& random, bool tiny, CallData& call) {
   if (tiny) call.batch = std::min<int64_t>(call.batch, 3);
   if (!random.chance(tiny ? 0.2 : 0.35)) return;
   switch (random.range(0, 3)) {
-    case 0: call.batch = 1, call.queries = random.range(17, tiny ? 20 : 200); break;
-    case 1: call.batch = random.range(17, tiny ? 19 : 40), call.queries = 1; break;
+    case 0:
+      call.batch = 1, call.queries = random.range(17, tiny ? 20 : 200);
+      break;
+    case 1:
+      call.batch = random.range(17, tiny ? 19 : 40), call.queries = 1;
+      break;
     default:
       call.batch = random.range(2, 6);
       call.queries = random.range(16 / call.batch + 1, tiny ? 10 : 40);

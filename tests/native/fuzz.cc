@@ -111,22 +111,30 @@ void spoil_field(Random& random, std::vector<Field>& fields, size_t at, bool* ce
   auto* size = static_cast<int64_t*>(field.where);
   auto* small = static_cast<int32_t*>(field.where);
   switch (field.kind) {
-    case Field::kSize: *size = hostile_size(random, *size); break;
-    case Field::kBytes: *size = hostile_bytes(random, *size); break;
+    case Field::kSize:
+      *size = hostile_size(random, *size);
+      break;
+    case Field::kBytes:
+      *size = hostile_bytes(random, *size);
+      break;
     case Field::kEnum:
       *small = random.pick<int32_t>({-1, 0, 1, 2, 3, 4, 5, 6, 99, INT32_MAX, INT32_MIN});
       break;
     case Field::kThreads:
       *small = random.pick<int32_t>({0, -1, 2, INT32_MIN, INT32_MAX, 100000});
       break;
-    case Field::kPointer: spoil_pointer(random, fields, at); break;
+    case Field::kPointer:
+      spoil_pointer(random, fields, at);
+      break;
     case Field::kFloat: {
       const float value =
           random.pick({std::nanf(""), HUGE_VALF, -HUGE_VALF, -1.0f, 0.0f, 1e-42f, 3e38f});
       std::memcpy(field.where, &value, sizeof value);
       break;
     }
-    case Field::kPanels: spoil_panels(random, field); break;
+    case Field::kPanels:
+      spoil_panels(random, field);
+      break;
     case Field::kStructSize: {
       auto* bytes = static_cast<uint64_t*>(field.where);
       *bytes = random.pick<uint64_t>(

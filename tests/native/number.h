@@ -18,10 +18,14 @@ constexpr int32_t kBool = 17;
 
 inline int64_t element_size(int32_t dtype) {
   switch (dtype) {
-    case HFF_F32: return 4;
-    case kInt64: return 8;
-    case kBool: return 1;
-    default: return 2;
+    case HFF_F32:
+      return 4;
+    case kInt64:
+      return 8;
+    case kBool:
+      return 1;
+    default:
+      return 2;
   }
 }
 
@@ -111,11 +115,20 @@ struct Array {
     float single;
     int64_t integer;
     switch (dtype) {
-      case HFF_F32: std::memcpy(&single, at, 4); return single;
-      case HFF_BF16: std::memcpy(&half, at, 2); return from_bf16(half);
-      case HFF_F16: std::memcpy(&half, at, 2); return from_fp16(half);
-      case kInt64: std::memcpy(&integer, at, 8); return static_cast<double>(integer);
-      default: return static_cast<unsigned char>(*at);
+      case HFF_F32:
+        std::memcpy(&single, at, 4);
+        return single;
+      case HFF_BF16:
+        std::memcpy(&half, at, 2);
+        return from_bf16(half);
+      case HFF_F16:
+        std::memcpy(&half, at, 2);
+        return from_fp16(half);
+      case kInt64:
+        std::memcpy(&integer, at, 8);
+        return static_cast<double>(integer);
+      default:
+        return static_cast<unsigned char>(*at);
     }
   }
 
@@ -125,10 +138,17 @@ struct Array {
     const uint16_t half = dtype == HFF_BF16 ? to_bf16(single) : to_fp16(single);
     const int64_t integer = dtype == kInt64 ? static_cast<int64_t>(value) : 0;
     switch (dtype) {
-      case HFF_F32: std::memcpy(at, &single, 4); break;
-      case kInt64: std::memcpy(at, &integer, 8); break;
-      case kBool: *at = static_cast<char>(value); break;
-      default: std::memcpy(at, &half, 2);
+      case HFF_F32:
+        std::memcpy(at, &single, 4);
+        break;
+      case kInt64:
+        std::memcpy(at, &integer, 8);
+        break;
+      case kBool:
+        *at = static_cast<char>(value);
+        break;
+      default:
+        std::memcpy(at, &half, 2);
     }
   }
 

@@ -169,9 +169,12 @@ Rows<A> activate(const A& a, int32_t activation, Rows<A> x) {
         const Number inner = v + static_cast<Number>(0.044715) * v * v * v;
         return half * v * (one + std::tanh(static_cast<Number>(0.7978845608028653559) * inner));
       }
-      case HFF_ACT_RELU: return std::isnan(v) ? v : v > 0 ? v : 0;
-      case HFF_ACT_SILU: return v / (one + std::exp(-v));
-      default: return v;
+      case HFF_ACT_RELU:
+        return std::isnan(v) ? v : v > 0 ? v : 0;
+      case HFF_ACT_SILU:
+        return v / (one + std::exp(-v));
+      default:
+        return v;
     }
   };
   if (activation == HFF_ACT_NONE) return x;

@@ -145,14 +145,22 @@ std::string spoil(Random& random, Case& c, Awkward kind) {
   const int64_t at = random.range(begin, end - 1);
   const auto value = [&]() -> double {
     switch (kind) {
-      case kNan: return std::nan("");
-      case kInf: return HUGE_VAL;
-      case kMinusInf: return -HUGE_VAL;
-      case kLargest: return -static_cast<double>(lowest(dtype));
-      case kAllMinusZero: return -0.0;
-      case kAllEqual: return 1.5;
-      case kMean: return 1e4 + 0.01 * random.normal();
-      default: return denormal;
+      case kNan:
+        return std::nan("");
+      case kInf:
+        return HUGE_VAL;
+      case kMinusInf:
+        return -HUGE_VAL;
+      case kLargest:
+        return -static_cast<double>(lowest(dtype));
+      case kAllMinusZero:
+        return -0.0;
+      case kAllEqual:
+        return 1.5;
+      case kMean:
+        return 1e4 + 0.01 * random.normal();
+      default:
+        return denormal;
     }
   };
   const bool all = kind == kAllDenormal || kind >= kAllMinusZero;
