@@ -20,6 +20,7 @@ from encoders import (
     encoder_twin,
     hidden_states,
     sample,
+    starts_with_tokens,
 )
 from pairs import distance
 from shapes import DTYPES, IMPLEMENTATIONS, RELATIVE_L2
@@ -110,8 +111,11 @@ def test_what_lies_under_padding_reaches_no_token(family, mask, trials):
             with torch.no_grad(), fused_hits(model, f"{family} {mask} {value}"):
                 results.append(model(**call).last_hidden_state)
             hook.remove()
-            assert not bool(results[-1][~seen].any()), "padding is not zero"
-            assert torch.equal(results[-1], results[0]), f"{family}, {mask}: {value} under padding"
+            if starts_with_tokens(seen):
+                assert not bool(results[-1][~seen].any()), "padding is not zero"
+            assert torch.equal(results[-1][seen], results[0][seen]), (
+                f"{family}, {mask}: {value} under padding"
+            )
             trials()
 
 
