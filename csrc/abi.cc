@@ -1,7 +1,5 @@
 // The boundary: every struct is proven against its own buffers before a back end sees it, and no
 // exception leaves. Nothing has been written when a call fails.
-#include <cstring>
-
 #include "abi_checks.h"
 
 namespace hff {
@@ -15,24 +13,6 @@ hff_status dispatch(Entry Backend::* entry, const Arguments&... arguments) {
   if (backend->*entry == nullptr)
     return fail(HFF_UNSUPPORTED, "%s has no kernel for this call", hff_isa());
   return (backend->*entry)(arguments...);
-}
-
-// Every HFF_SAMPLED_ROWS-th row by one line of it, each word mixed by a multiplication.
-uint64_t fingerprint(const hff_linear& l, int64_t size, int64_t phase, uint64_t sum) {
-  constexpr int64_t kLine = 64;
-  constexpr uint64_t kMix = 0x9e3779b97f4a7c15;
-  const int64_t bytes = l.cols * size, lines = (bytes - 1) / kLine + 1;
-  const char* rows = static_cast<const char*>(l.weight.data);
-  for (int64_t r = phase % HFF_SAMPLED_ROWS; r < l.rows; r += HFF_SAMPLED_ROWS) {
-    const int64_t at = (phase / HFF_SAMPLED_ROWS + r) % lines * kLine, left = bytes - at;
-    uint64_t words[kLine / 8] = {};
-    std::memcpy(words, rows + r * l.row_stride * size + at,
-                static_cast<size_t>(left < kLine ? left : kLine));
-    uint64_t line = 0;
-    for (const uint64_t word : words) line = (line ^ word) * kMix;
-    sum = (sum ^ line ^ line >> 32) * kMix;
-  }
-  return sum;
 }
 
 constexpr uint64_t kStructSizes[] = {

@@ -25,6 +25,9 @@ struct Backend {
 // cannot be had.
 const Backend* cpu_backend();
 
+// `sum` mixed with a sample of a matrix of elements of `size` bytes, as hff_fingerprint says.
+uint64_t fingerprint(const hff_linear& linear, int64_t size, int64_t phase, uint64_t sum);
+
 // Keeps one sentence for hff_last_error() of this thread and returns `status`.
 hff_status fail(hff_status status, const char* format, ...) __attribute__((format(printf, 2, 3)));
 

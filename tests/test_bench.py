@@ -7,6 +7,7 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from hf_fusion import cli, harness
 from hf_fusion.harness import (
@@ -144,11 +145,11 @@ def test_measured_peak(monkeypatch):
 @pytest.mark.parametrize("rung", ["stock", "packed"])
 def test_peak_memory_of_a_contender(folders, tmp_path, rung):
     given = {"input_ids": torch.arange(8)[None], "attention_mask": torch.ones(1, 8).long()}
-    torch.save(given, tmp_path / "inputs.pt")
+    save_file(given, tmp_path / "inputs.safetensors")
     request = dict(
         contender=rung, model=folders["text"], dtype="bf16", kind="text", backend="auto",
         precision=None, matmul_precision="highest", threads=1, seed=0, file=None,
-        inputs=str(tmp_path / "inputs.pt"),
+        inputs=str(tmp_path / "inputs.safetensors"),
     )  # fmt: skip
     found = work_memory._measure(request)
     assert 0 < found["loaded"] and 0 < found["peak"]

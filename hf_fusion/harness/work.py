@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 
 from . import machine, peers
 from .contenders import (
@@ -248,7 +249,9 @@ def _add_memory(
     folder: Path,
 ) -> None:
     """Peak memory of each row that has a time, in a process of its own."""
-    torch.save(inputs, folder / "inputs.pt")
+    save_file(
+        {name: value.contiguous() for name, value in inputs.items()}, folder / "inputs.safetensors"
+    )
     for row, contender in zip(rows, contenders):
         if row.ms is None:
             continue
@@ -265,7 +268,7 @@ def _add_memory(
                 "threads": settings.threads,
                 "seed": settings.seed,
                 "file": contender.file and str(contender.file),
-                "inputs": str(folder / "inputs.pt"),
+                "inputs": str(folder / "inputs.safetensors"),
             },
             f"{row.label}",
         )

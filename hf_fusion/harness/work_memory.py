@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
+from safetensors.torch import load_file
 
 from . import peers
 from .contenders import matmul_precision, peer_contender, rung_contender
@@ -23,7 +23,7 @@ def child() -> None:
 
 
 def _measure(request: dict[str, Any]) -> dict[str, int]:
-    inputs = torch.load(request["inputs"], weights_only=True)
+    inputs = load_file(request["inputs"])
     name, threads = request["contender"], request["threads"]
     with matmul_precision(request["matmul_precision"]), torch_threads(threads):
         if request["file"]:
