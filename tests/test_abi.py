@@ -364,7 +364,7 @@ def cases() -> str:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["test"], ["fuzz", "--trials", "250000"]], ids=lambda a: a[0]
+    "arguments", [["test"], ["fuzz", "--trials", "50000"]], ids=lambda a: a[0]
 )
 def test_native_cases(cases, arguments, capsys):
     """Reliability rows 1, 2, 8, 9, 13, 16, 17, 20, 21, 24, 27; the counts are printed."""
