@@ -5,7 +5,10 @@
 namespace hff {
 namespace HFF_ISA {
 
-// Most rows for which row kernels stream the weights faster than matrix kernels pack them.
+// Most rows for which row kernels stream the weights faster than matrix kernels pack them. Time of
+// row kernels over that of matrix kernels, (3072, 768) weights past the caches, 2-core Zen 5: bf16
+// 0.55 at 16 rows, 0.91 at 32, 1.03 at 48; fp32 0.79 at 8, 1.03 at 12, 1.45 at 24; fp16 0.92 at 16,
+// 1.31 at 32.
 constexpr int64_t kFewRows = 16;
 
 // ---- one layer ----------------------------------------------------------------------------------
