@@ -19,11 +19,18 @@ struct Backend {
   hff_status (*pack)(const hff_linear&, int32_t dtype, int32_t precision, int32_t threads,
                      void* out);
   void (*read_stream)(const void* data, int64_t bytes, int32_t threads);
+  // CUDA: hff_workspace_bytes; 0 after fail()
+  int64_t (*workspace_bytes)(const hff_call&, const hff_model&);
 };
 
 // The CPU back end under the chosen instruction set; chooses on first use. Null if HF_FUSION_ISA
 // cannot be had.
 const Backend* cpu_backend();
+
+// The CUDA back end, and what it finds; null, and HFF_UNSUPPORTED, with the reason in
+// hff_last_error(), where this build has none or the machine no driver or device.
+const Backend* cuda_backend(int32_t ordinal);
+hff_status describe_cuda(int32_t ordinal, hff_device* out);
 
 // `sum` mixed with a sample of a matrix of elements of `size` bytes, as hff_fingerprint says.
 uint64_t fingerprint(const hff_linear& linear, int64_t size, int64_t phase, uint64_t sum);

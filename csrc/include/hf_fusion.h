@@ -17,7 +17,7 @@
 extern "C" {
 #endif
 
-#define HFF_ABI_VERSION 2
+#define HFF_ABI_VERSION 3
 #define HFF_MAX_HEAD_DIM 256
 #define HFF_SAMPLED_ROWS 8
 
@@ -56,6 +56,11 @@ enum { HFF_QKV_PER_HEAD = 0, HFF_QKV_STACKED = 1 };
  * fp32 products. HIGH: products of two bf16 parts where AMX makes them faster, relative error 2^-14
  * or less. MEDIUM: bf16 products where the CPU has them. Without effect on bf16 and fp16. */
 enum { HFF_PRECISION_HIGHEST = 0, HFF_PRECISION_HIGH = 1, HFF_PRECISION_MEDIUM = 2 };
+/* Where a call's buffers lie and its kernels run */
+enum { HFF_DEVICE_CPU = 0, HFF_DEVICE_CUDA = 1 };
+/* How a CUDA device runs a token through a whole model. TOKEN: one persistent kernel; CHAIN: three
+ * kernels a layer. AUTO: TOKEN where it fits the device. */
+enum { HFF_PLAN_AUTO = 0, HFF_PLAN_CHAIN = 1, HFF_PLAN_TOKEN = 2 };
 /* ATTENTION: attn(norm1(x)); ATTENTION_UP: that, and act(up(norm2(.))); FULL: the whole layer */
 enum { HFF_STAGE_ATTENTION = 0, HFF_STAGE_ATTENTION_UP = 1, HFF_STAGE_FULL = 2 };
 /* BOOL: uint8, nonzero = attend; INT64: nonzero = attend; ADDITIVE: dtype of the call, added to the
@@ -142,6 +147,17 @@ typedef struct {
   hff_input cos, sin; /* (rope_rows, rotary_dim), contiguous, as the rotary module gives them */
   int64_t rope_rows;
   hff_mask mask;
+  int32_t device;     /* HFF_DEVICE_*. On CUDA every pointer of the call but those between structs
+                       * is a device pointer, cache lengths included, and the call returns before
+                       * its kernels have run. Ids, positions and lengths are then read by the
+                       * kernels: one outside its table gives NaN in every output of its row, and a
+                       * full cache in every output. */
+  int32_t ordinal;    /* of the CUDA device */
+  int32_t plan;       /* HFF_PLAN_* */
+  int32_t reserved;
+  void* stream;       /* CUDA: the cudaStream_t to run on; null: the legacy default stream */
+  hff_output workspace; /* CUDA: hff_workspace_bytes of memory, all zero before its first use. Calls
+                         * that share one must follow each other on a stream */
 } hff_call;
 
 /* x: (rows, hidden). attention_out: (rows, hidden), ATTENTION and ATTENTION_UP; with sequential
@@ -168,13 +184,15 @@ typedef struct {
 /* ids: int64 (batch, queries), strides below, or null with x: (rows, hidden) contiguous.
  * logits: (batch, keep, head.rows) contiguous, the last `keep` queries of each batch row; null
  * without a head, and with starts.
- * hidden: (rows, hidden) contiguous, after the final norm; may be null where logits is given. */
+ * hidden: (rows, hidden) contiguous, after the final norm; may be null where logits is given.
+ * next: int64 (batch), the index of the largest logit of each batch row's last query, the first of
+ * equals; CUDA only, may be null, may be the memory of ids. */
 typedef struct {
   uint64_t struct_size;
   hff_input ids;
   int64_t id_batch_stride, id_query_stride;
   hff_input x;
-  hff_output logits, hidden;
+  hff_output logits, hidden, next;
   int64_t keep;
 } hff_model_io;
 
@@ -210,6 +228,17 @@ typedef struct {
   hff_output out;
 } hff_norm_io;
 
+/* A device as hff_describe_device finds it */
+typedef struct {
+  uint64_t struct_size;
+  char name[64];
+  int32_t arch;         /* 10 * compute capability: 900 is sm_90 */
+  int32_t sms;
+  int64_t shared_bytes; /* per block, opt-in */
+  int32_t host_memory;  /* 1: device memory is the host's: kernels run emulated, in test builds only */
+  int32_t reserved;
+} hff_device;
+
 /* A whole model: embedding, layers, final norm, head, for any number of rows. caches: block_count of
  * them, or null: then nothing is kept, and queries see the call's own keys. Few rows go through row
  * kernels, one pass over the weights as they lie; many through matrix kernels. */
@@ -239,8 +268,15 @@ HFF_API uint64_t hff_fingerprint(const hff_linear*, int64_t count, int32_t dtype
  * of its own. */
 HFF_API hff_status hff_advance(const hff_cache* caches, int64_t count, int64_t tokens);
 
+/* HFF_UNSUPPORTED, with the reason in hff_last_error(), where the build, the driver or the device is
+ * absent or too old */
+HFF_API hff_status hff_describe_device(int32_t device, int32_t ordinal, hff_device* out);
+/* Bytes of workspace that calls like this one need, on the device it names; 0 where hff_last_error()
+ * says why it cannot run there. A single layer is a model of one block without embedding or head. */
+HFF_API int64_t hff_workspace_bytes(const hff_call*, const hff_model*);
+
 HFF_API int32_t hff_abi_version(void);
-/* sizeof the structs above in order of declaration, from hff_input (0) to hff_norm_io (14); 0 past
+/* sizeof the structs above in order of declaration, from hff_input (0) to hff_device (15); 0 past
  * the end */
 HFF_API uint64_t hff_struct_size(int32_t index);
 HFF_API const char* hff_last_error(void);
