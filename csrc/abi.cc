@@ -5,7 +5,7 @@
 namespace hff {
 namespace {
 
-// The back end's entry for a proven call.
+// The CPU's entry for a proven call.
 template <class Entry, class... Arguments>
 hff_status dispatch(Entry Backend::* entry, const Arguments&... arguments) {
   const Backend* backend = cpu_backend();
@@ -15,11 +15,34 @@ hff_status dispatch(Entry Backend::* entry, const Arguments&... arguments) {
   return (backend->*entry)(arguments...);
 }
 
+// The entry, of the device that the call names, for a proven call of `model`.
+template <class Entry, class... Arguments>
+hff_status dispatch_on(const hff_call& call, const hff_model& model, Entry Backend::* entry,
+                       const Arguments&... arguments) {
+  if (on_host(call)) return dispatch(entry, call, arguments...);
+  const Backend* backend = cuda_backend(call.ordinal);
+  if (backend == nullptr) return HFF_UNSUPPORTED;  // cuda_backend has said why
+  const int64_t bytes = backend->workspace_bytes(call, model);
+  if (bytes == 0) return HFF_UNSUPPORTED;  // so has workspace_bytes
+  HFF_TRY(check_workspace(call, bytes));
+  return (backend->*entry)(call, arguments...);
+}
+
+// One layer as a model.
+hff_model model_of(const hff_block& block) {
+  hff_model model = {};
+  model.struct_size = sizeof(hff_model);
+  model.hidden = block.hidden;
+  model.blocks = &block;
+  model.block_count = 1;
+  return model;
+}
+
 constexpr uint64_t kStructSizes[] = {
-    sizeof(hff_input),        sizeof(hff_output),    sizeof(hff_linear), sizeof(hff_norm),
-    sizeof(hff_heads),        sizeof(hff_block),     sizeof(hff_cache),  sizeof(hff_mask),
-    sizeof(hff_call),         sizeof(hff_block_io),  sizeof(hff_model),  sizeof(hff_model_io),
-    sizeof(hff_attention_io), sizeof(hff_linear_io), sizeof(hff_norm_io)};
+    sizeof(hff_input),        sizeof(hff_output),    sizeof(hff_linear),  sizeof(hff_norm),
+    sizeof(hff_heads),        sizeof(hff_block),     sizeof(hff_cache),   sizeof(hff_mask),
+    sizeof(hff_call),         sizeof(hff_block_io),  sizeof(hff_model),   sizeof(hff_model_io),
+    sizeof(hff_attention_io), sizeof(hff_linear_io), sizeof(hff_norm_io), sizeof(hff_device)};
 
 }  // namespace
 }  // namespace hff
@@ -44,7 +67,7 @@ hff_status hff_model_forward(const hff_call* call, const hff_model* model, const
   HFF_TRY(check_model(*model, *call, caches));
   HFF_TRY(check_model_io(*io, *call, *model));
   HFF_TRY(check_positions(*call, model->blocks[0].heads.rotary_dim));
-  return dispatch(&Backend::model, *call, *model, caches, *io);
+  return dispatch_on(*call, *model, &Backend::model, *model, caches, *io);
 }
 
 hff_status hff_block_forward(const hff_call* call, const hff_block* block, const hff_cache* cache,
@@ -56,7 +79,7 @@ hff_status hff_block_forward(const hff_call* call, const hff_block* block, const
   HFF_TRY(check_block_io(*io, *call, *block));
   HFF_TRY(check_keys(cache, *call, block->heads));
   HFF_TRY(check_positions(*call, block->heads.rotary_dim));
-  return dispatch(&Backend::block, *call, *block, cache, *io);
+  return dispatch_on(*call, model_of(*block), &Backend::block, *block, cache, *io);
 }
 
 hff_status hff_attention_forward(const hff_call* call, const hff_heads* heads,
@@ -64,6 +87,7 @@ hff_status hff_attention_forward(const hff_call* call, const hff_heads* heads,
   HFF_REQUIRE(call != nullptr && heads != nullptr && io != nullptr,
               "a struct of hff_attention_forward is null");
   HFF_TRY(check_call(*call));
+  if (!on_host(*call)) return fail(HFF_UNSUPPORTED, "attention by itself runs on the CPU only");
   HFF_TRY(check_heads(*heads));
   HFF_TRY(check_attention_io(*io, *call, *heads));
   HFF_TRY(check_keys(cache, *call, *heads));
@@ -151,6 +175,31 @@ hff_status hff_advance(const hff_cache* caches, int64_t count, int64_t tokens) {
   }
   for (int64_t i = 0; i < count; ++i) *caches[i].length += tokens;
   return HFF_OK;
+}
+
+hff_status hff_describe_device(int32_t device, int32_t ordinal, hff_device* out) {
+  HFF_REQUIRE(out != nullptr && out->struct_size == sizeof(hff_device),
+              "hff_device is null or has another size for the caller");
+  HFF_REQUIRE(device == HFF_DEVICE_CPU || device == HFF_DEVICE_CUDA,
+              "device %d is none of HFF_DEVICE_*", device);
+  HFF_REQUIRE(ordinal >= 0, "ordinal is %d", ordinal);
+  if (device == HFF_DEVICE_CPU)
+    return fail(HFF_UNSUPPORTED, "the CPU is described by hff_isa, not as a device");
+  return describe_cuda(ordinal, out);
+}
+
+int64_t hff_workspace_bytes(const hff_call* call, const hff_model* model) {
+  if (call == nullptr || model == nullptr) {
+    fail(HFF_INVALID, "a struct of hff_workspace_bytes is null");
+    return 0;
+  }
+  if (check_call(*call) != HFF_OK || check_layers(*model, *call) != HFF_OK) return 0;
+  if (on_host(*call)) {
+    fail(HFF_UNSUPPORTED, "calls on the CPU take no workspace");
+    return 0;
+  }
+  const Backend* backend = cuda_backend(call->ordinal);
+  return backend != nullptr ? backend->workspace_bytes(*call, *model) : 0;
 }
 
 }  // extern "C"

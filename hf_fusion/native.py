@@ -1,8 +1,8 @@
-"""The native library: loaded by absolute path from inside the package, its structs mirrored, its statuses raised.
+"""The native library: loaded by absolute path from inside the package, its statuses raised, its structs at hand.
 
-Knows ctypes and the C ABI of csrc/include/hf_fusion.h, nothing of models or torch. A library that is missing, writable
-by anyone, of another ABI or with other struct sizes is refused with a FusionError(Reason.LIBRARY); nothing is searched
-for anywhere else.
+Knows ctypes and the C ABI of csrc/include/hf_fusion.h (mirror.py), nothing of models or torch. A library that is
+missing, writable by anyone, of another ABI or with other struct sizes is refused with a FusionError(Reason.LIBRARY);
+nothing is searched for anywhere else.
 """
 
 from __future__ import annotations
@@ -13,24 +13,11 @@ import os
 import stat
 import sys
 import threading
-from ctypes import POINTER, c_char_p, c_double, c_float, c_int32, c_int64, c_uint64, c_void_p
+from ctypes import POINTER, c_char_p, c_double, c_int32, c_int64, c_uint64, c_void_p
 from pathlib import Path
 
+from .mirror import *  # noqa: F403  callers see one module: native.load() beside native.Block
 from .report import FusionError, Reason
-
-ABI_VERSION = 2
-MAX_HEAD_DIM = 256
-SAMPLED_ROWS = 8
-
-OK, INVALID, UNSUPPORTED, OUT_OF_MEMORY, OUT_OF_RANGE, INTERNAL = range(6)
-F32, BF16, F16 = range(3)
-ACTIVATIONS = {"none": 0, "gelu_erf": 1, "gelu_tanh": 2, "relu": 3, "silu": 4}
-NORMS = {"layer": 0, "rms": 1}
-RESIDUALS = {"parallel": 0, "sequential": 1, "post_norm": 2}
-QKV_LAYOUTS = {"per_head": 0, "stacked": 1, "separate": 1}
-PRECISIONS = {"highest": 0, "high": 1, "medium": 2}
-STAGES = {"attention": 0, "attention+up": 1, "full": 2}
-MASK_NONE, MASK_BOOL, MASK_INT64, MASK_ADDITIVE = range(4)
 
 _REASONS = {
     INVALID: Reason.INVALID,
@@ -38,198 +25,6 @@ _REASONS = {
     OUT_OF_MEMORY: Reason.OUT_OF_MEMORY,
     OUT_OF_RANGE: Reason.OUT_OF_RANGE,
 }
-
-
-class Buffer(ctypes.Structure):
-    """hff_input and hff_output: an address and the bytes behind it."""
-
-    _fields_ = [("data", c_void_p), ("bytes", c_int64)]
-
-
-class Linear(ctypes.Structure):
-    """hff_linear."""
-
-    _fields_ = [
-        ("weight", Buffer),
-        ("bias", Buffer),
-        ("packed", Buffer),
-        ("rows", c_int64),
-        ("cols", c_int64),
-        ("row_stride", c_int64),
-    ]
-
-
-class Norm(ctypes.Structure):
-    """hff_norm."""
-
-    _fields_ = [("weight", Buffer), ("bias", Buffer), ("eps", c_float), ("kind", c_int32)]
-
-
-class Heads(ctypes.Structure):
-    """hff_heads."""
-
-    _fields_ = [
-        ("heads", c_int64),
-        ("kv_heads", c_int64),
-        ("head_dim", c_int64),
-        ("rotary_dim", c_int64),
-        ("scale", c_float),
-        ("qkv_layout", c_int32),
-    ]
-
-
-class Block(ctypes.Structure):
-    """hff_block."""
-
-    _fields_ = [
-        ("heads", Heads),
-        ("hidden", c_int64),
-        ("mlp_width", c_int64),
-        ("residual", c_int32),
-        ("activation", c_int32),
-        ("attention_norm", Norm),
-        ("mlp_norm", Norm),
-        ("qkv", Linear),
-        ("k", Linear),
-        ("v", Linear),
-        ("o", Linear),
-        ("up", Linear),
-        ("down", Linear),
-    ]
-
-
-class Cache(ctypes.Structure):
-    """hff_cache; `length` is the address of an int64."""
-
-    _fields_ = [
-        ("keys", Buffer),
-        ("values", Buffer),
-        ("batch_stride", c_int64),
-        ("head_stride", c_int64),
-        ("token_stride", c_int64),
-        ("capacity", c_int64),
-        ("length", c_void_p),
-    ]
-
-
-class Mask(ctypes.Structure):
-    """hff_mask."""
-
-    _fields_ = [
-        ("data", Buffer),
-        ("batch_stride", c_int64),
-        ("query_stride", c_int64),
-        ("key_stride", c_int64),
-        ("keys", c_int64),
-        ("kind", c_int32),
-        ("reserved", c_int32),
-    ]
-
-
-class Call(ctypes.Structure):
-    """hff_call."""
-
-    _fields_ = [
-        ("struct_size", c_uint64),
-        ("dtype", c_int32),
-        ("threads", c_int32),
-        ("batch", c_int64),
-        ("queries", c_int64),
-        ("causal", c_int32),
-        ("precision", c_int32),
-        ("starts", Buffer),
-        ("positions", Buffer),
-        ("position_batch_stride", c_int64),
-        ("position_query_stride", c_int64),
-        ("cos", Buffer),
-        ("sin", Buffer),
-        ("rope_rows", c_int64),
-        ("mask", Mask),
-    ]
-
-
-class BlockIo(ctypes.Structure):
-    """hff_block_io."""
-
-    _fields_ = [
-        ("struct_size", c_uint64),
-        ("x", Buffer),
-        ("attention_out", Buffer),
-        ("up_out", Buffer),
-        ("out", Buffer),
-        ("stage", c_int32),
-        ("reserved", c_int32),
-    ]
-
-
-class Model(ctypes.Structure):
-    """hff_model."""
-
-    _fields_ = [
-        ("struct_size", c_uint64),
-        ("hidden", c_int64),
-        ("vocab", c_int64),
-        ("embedding", Buffer),
-        ("blocks", POINTER(Block)),
-        ("block_count", c_int64),
-        ("final_norm", Norm),
-        ("head", Linear),
-    ]
-
-
-class ModelIo(ctypes.Structure):
-    """hff_model_io."""
-
-    _fields_ = [
-        ("struct_size", c_uint64),
-        ("ids", Buffer),
-        ("id_batch_stride", c_int64),
-        ("id_query_stride", c_int64),
-        ("x", Buffer),
-        ("logits", Buffer),
-        ("hidden", Buffer),
-        ("keep", c_int64),
-    ]
-
-
-class AttentionIo(ctypes.Structure):
-    """hff_attention_io."""
-
-    _fields_ = [("struct_size", c_uint64), ("qkv", Buffer), ("qkv_row_stride", c_int64), ("out", Buffer)]
-
-
-class LinearIo(ctypes.Structure):
-    """hff_linear_io."""
-
-    _fields_ = [
-        ("struct_size", c_uint64),
-        ("dtype", c_int32),
-        ("threads", c_int32),
-        ("rows", c_int64),
-        ("activation", c_int32),
-        ("precision", c_int32),
-        ("x", Buffer),
-        ("out", Buffer),
-    ]
-
-
-class NormIo(ctypes.Structure):
-    """hff_norm_io."""
-
-    _fields_ = [
-        ("struct_size", c_uint64),
-        ("dtype", c_int32),
-        ("threads", c_int32),
-        ("rows", c_int64),
-        ("hidden", c_int64),
-        ("x", Buffer),
-        ("out", Buffer),
-    ]
-
-
-STRUCTS = (
-    Buffer, Buffer, Linear, Norm, Heads, Block, Cache, Mask, Call, BlockIo, Model, ModelIo, AttentionIo, LinearIo, NormIo,
-)  # fmt: skip
 
 _SIGNATURES = {
     "hff_model_forward": (c_int32, [POINTER(Call), POINTER(Model), POINTER(Cache), POINTER(ModelIo)]),
@@ -241,6 +36,8 @@ _SIGNATURES = {
     "hff_pack": (c_int32, [POINTER(Linear), c_int32, c_int32, c_int32, POINTER(Buffer)]),
     "hff_fingerprint": (c_uint64, [POINTER(Linear), c_int64, c_int32, c_int64]),
     "hff_advance": (c_int32, [POINTER(Cache), c_int64, c_int64]),
+    "hff_describe_device": (c_int32, [c_int32, c_int32, POINTER(Device)]),
+    "hff_workspace_bytes": (c_int64, [POINTER(Call), POINTER(Model)]),
     "hff_abi_version": (c_int32, []),
     "hff_struct_size": (c_uint64, [c_int32]),
     "hff_last_error": (c_char_p, []),
@@ -254,11 +51,6 @@ _SIGNATURES = {
 
 _library: ctypes.CDLL | None = None
 _lock = threading.Lock()
-
-
-def sized(struct: type[ctypes.Structure]) -> ctypes.Structure:
-    """A zeroed struct that carries its size."""
-    return struct(struct_size=ctypes.sizeof(struct))
 
 
 def library_path() -> Path:
@@ -336,6 +128,13 @@ def check(status: int) -> None:
     """Raises FusionError for a status that is not OK, with the library's own sentence."""
     if status != OK:
         raise FusionError(_REASONS.get(status, Reason.INTERNAL), load().hff_last_error().decode())
+
+
+def describe_device(device: str, ordinal: int = 0) -> Device:
+    """What the library finds of a device; FusionError(Reason.UNSUPPORTED) with its reason where it finds none."""
+    found = sized(Device)
+    check(load().hff_describe_device(DEVICES[device], ordinal, ctypes.byref(found)))
+    return found
 
 
 def isa() -> str:

@@ -23,6 +23,7 @@ CODE = re.sub(r"/\*.*?\*/", "", HEADER, flags=re.S)
 STRUCTS = re.findall(r"typedef struct \{(.*?)\} (\w+);", CODE, flags=re.S)
 MIRRORS = dict(zip([name for _, name in STRUCTS], native.STRUCTS))
 SCALARS = {
+    "char[64]": ctypes.c_char * 64,
     "int64_t": ctypes.c_int64,
     "int32_t": ctypes.c_int32,
     "uint64_t": ctypes.c_uint64,
@@ -35,7 +36,8 @@ def fields(body: str) -> list[tuple[str, str]]:
     members = []
     for declaration in filter(None, map(str.strip, body.split(";"))):
         head, *more = declaration.removeprefix("const ").split(",")
-        kind, name = re.fullmatch(r"(\w+\s*\*?)\s*(\w+)", head.strip()).groups()
+        kind, name, count = re.fullmatch(r"(\w+\s*\*?)\s*(\w+)(\[\d+\])?", head.strip()).groups()
+        kind += count or ""
         members += [(kind.replace(" ", ""), each) for each in (name, *map(str.strip, more))]
     return members
 
@@ -75,6 +77,8 @@ def test_constants_equal_the_header_s():
         "QKV": native.QKV_LAYOUTS,
         "PRECISION": native.PRECISIONS,
         "STAGE": native.STAGES,
+        "DEVICE": native.DEVICES,
+        "PLAN": native.PLANS,
     }
     for prefix, table in tables.items():
         mirrored |= {
@@ -190,6 +194,86 @@ def test_advance_moves_every_length_or_none():
     assert list(cells) == [6, 7, 8]
 
 
+def device_call(**changes):
+    """A call of a model of one layer on CUDA, as hff_workspace_bytes takes it; what it points into comes along."""
+    memory = (ctypes.c_char * 4096)()
+    address = ctypes.addressof(memory)
+    buffer = native.Buffer(address - address % 256 + 256, 2048)
+    norm = native.Norm(buffer, native.Buffer(), 1e-5, 0)
+    linear = lambda rows: native.Linear(buffer, native.Buffer(), native.Buffer(), rows, 8, 8)  # noqa: E731
+    heads = native.Heads(1, 1, 8, 0, 1.0, 0)
+    empty = native.Linear()
+    block = native.Block(
+        heads, 8, 8, 0, 0, norm, norm, linear(24), empty, empty, linear(8), linear(8), linear(8)
+    )
+    model = native.sized(native.Model)
+    model.hidden, model.block_count = 8, 1
+    model.blocks = ctypes.pointer(block)
+    call = native.sized(native.Call)
+    call.dtype, call.threads, call.batch, call.queries = native.F16, 1, 1, 1
+    call.causal, call.device = 1, native.DEVICES["cuda"]
+    for name, value in changes.items():
+        setattr(call, name, value)
+    return call, model, (memory, block, buffer)
+
+
+def on_device(call, model, buffer, length) -> int:
+    """Status of a forward whose length and hidden states lie at addresses that a host must not read."""
+    cache, io = native.Cache(), native.sized(native.ModelIo)
+    cache.keys = cache.values = buffer
+    cache.batch_stride = cache.head_stride = cache.token_stride = cache.capacity = 8
+    cache.length = length
+    io.x = io.hidden = buffer
+    references = map(ctypes.byref, (call, model, cache, io))
+    return native.load().hff_model_forward(*references)
+
+
+def test_a_device_is_described_or_refused_with_the_reason():
+    library, found = native.load(), native.sized(native.Device)
+    describe = library.hff_describe_device
+    assert describe(native.DEVICES["cuda"], 0, None) == native.INVALID
+    assert describe(7, 0, ctypes.byref(found)) == describe(-1, 0, ctypes.byref(found)) == native.INVALID
+    assert describe(native.DEVICES["cuda"], -1, ctypes.byref(found)) == native.INVALID
+    assert describe(native.DEVICES["cuda"], 0, ctypes.byref(native.Device(struct_size=8))) == native.INVALID
+    assert describe(native.DEVICES["cpu"], 0, ctypes.byref(found)) == native.UNSUPPORTED
+    try:
+        assert native.describe_device("cuda").arch >= 800
+    except FusionError as absent:
+        assert absent.reason is Reason.UNSUPPORTED and len(absent.message) > 20
+
+
+def test_calls_on_a_device_are_checked_without_reading_it():
+    """Addresses of device memory lie where no host memory is: a read of one would end the process."""
+    far = 1 << 46
+    call, model, (_, _, buffer) = device_call()
+    status = on_device(call, model, buffer, far)
+    need = native.load().hff_workspace_bytes(ctypes.byref(call), ctypes.byref(model))
+    if need == 0:
+        assert status == native.UNSUPPORTED and native.load().hff_last_error()
+    else:
+        assert status == native.INVALID and b"workspace" in native.load().hff_last_error()
+        for data, size in ((far + 1, need), (far + 128, need), (far, need - 1)):
+            call.workspace = native.Buffer(data, size)
+            assert on_device(call, model, buffer, far) == native.INVALID
+    call.starts = native.Buffer(far, 16)
+    assert on_device(call, model, buffer, far) == native.UNSUPPORTED
+    for name, value in {"device": 7, "ordinal": -1, "plan": 9, "dtype": 3}.items():
+        call, model, (_, _, buffer) = device_call(**{name: value})
+        assert on_device(call, model, buffer, far) == native.INVALID
+        assert native.load().hff_workspace_bytes(ctypes.byref(call), ctypes.byref(model)) == 0
+    call, model, (_, block, buffer) = device_call()
+    block.qkv.packed = native.Buffer(far, 1 << 20)
+    assert on_device(call, model, buffer, far) == native.INVALID
+
+
+def test_workspace_is_asked_for_on_devices_only():
+    library = native.load()
+    call, model, _ = device_call(device=native.DEVICES["cpu"])
+    assert library.hff_workspace_bytes(ctypes.byref(call), ctypes.byref(model)) == 0
+    assert library.hff_workspace_bytes(None, ctypes.byref(model)) == 0
+    assert library.hff_workspace_bytes(ctypes.byref(call), None) == 0
+
+
 # ---------------------------------------------------------------- arrows and gates
 
 
@@ -229,7 +313,7 @@ def ours(names: set[str]) -> set[str]:
 
 def test_spec_report_and_native_stand_on_nothing_above_them():
     modules = runtime_imports()
-    allowed = {"spec": set(), "report": set(), "native": {"report"}, "registry": {"report", "spec"}}
+    allowed = {"spec": set(), "report": set(), "mirror": set(), "native": {"mirror", "report"}, "registry": {"report", "spec"}}
     for name, below in allowed.items():
         assert ours(modules[name]) <= below, name
         assert not {found.split(".")[0] for found in modules[name]} & {
@@ -265,7 +349,8 @@ def test_runtime_imports_point_down():
 def test_csrc_includes_point_down():
     allowed = {
         "abi.cc": r"\"abi_checks\.h\"",
-        "abi_checks.h": r"<c\w+>|\"(backend|checked)\.h\"",
+        "abi_checks.h": r"\"abi_parts\.h\"",
+        "abi_parts.h": r"<c\w+>|\"(backend|checked)\.h\"",
         "backend.h": r"<c\w+>|\"include/hf_fusion\.h\"",
         "checked.h": r"<c\w+>|\"include/hf_fusion\.h\"",
         "include/hf_fusion.h": r"<stdint\.h>",
@@ -285,7 +370,7 @@ def test_csrc_includes_point_down():
         included = re.findall(r"#include (\S+)", (ROOT / "csrc" / name).read_text())
         assert set(included) <= {"<immintrin.h>"}, f"{name} includes {included}"
     maths = r"\b(exp|sqrt|tanh|erf|fma|cos|sin|log|pow)f?\s*\("
-    for name in ("abi.cc", "abi_checks.h"):
+    for name in ("abi.cc", "abi_checks.h", "abi_parts.h"):
         assert not re.search(maths, (ROOT / "csrc" / name).read_text()), name
 
 
@@ -325,8 +410,9 @@ def test_no_build_file_loosens_floating_point():
 
 
 def test_sizes_are_multiplied_in_checked_h_only():
-    """In abi_checks.h a product is one of Size values, or an index inside brackets that a check has bounded."""
-    text = re.sub(r"//.*|\"(\\.|[^\"\\])*\"", "", (ROOT / "csrc/abi_checks.h").read_text())
+    """In the checks a product is one of Size values, or an index inside brackets that a check has bounded."""
+    checks = "".join((ROOT / "csrc" / name).read_text() for name in ("abi_parts.h", "abi_checks.h"))
+    text = re.sub(r"//.*|\"(\\.|[^\"\\])*\"", "", checks)
     text = re.sub(r"\[[^\[\]]*\]", "", text)
     products = re.findall(r"[\w)\].]+ \* [\w(.:>-]+", text)
     assert products, "the pattern no longer finds the products it should judge"

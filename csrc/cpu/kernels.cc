@@ -90,8 +90,8 @@ bool tiles_checked() { return tiles_work(); }
 #endif
 
 extern const Backend kBackend;
-const Backend kBackend = {model,        block,       attention, linear,     norm,
-                          packed_bytes, packed_fits, pack,      read_stream};
+const Backend kBackend = {model,        block,       attention, linear,      norm,
+                          packed_bytes, packed_fits, pack,      read_stream, nullptr};
 
 }  // namespace HFF_ISA
 }  // namespace hff

@@ -122,7 +122,7 @@ typedef struct {
 
 /* Element (b, i, j) says whether, or with what bias, query i of batch row b sees key j; strides may
  * be 0. A mask restricts further; causality is `causal` of hff_call. keys: the key extent, at least
- * length + queries. */
+ * length + queries; on CUDA, where that is known to the kernels alone, none past it is seen. */
 typedef struct {
   hff_input data;
   int64_t batch_stride, query_stride, key_stride, keys;
@@ -142,7 +142,8 @@ typedef struct {
   hff_input starts;   /* int64 (batch + 1), contiguous, from 0 to the number of rows: sequences of
                        * starts[b + 1] - starts[b] rows, none longer than queries; without caches,
                        * mask and RoPE only. Null: all of `queries` rows */
-  hff_input positions; /* int64 (batch, queries), strides below; unused where rotary_dim is 0 */
+  hff_input positions; /* int64 (batch, queries), strides below; unused where rotary_dim is 0. Null
+                        * on CUDA: they count on from the length of the cache */
   int64_t position_batch_stride, position_query_stride;
   hff_input cos, sin; /* (rope_rows, rotary_dim), contiguous, as the rotary module gives them */
   int64_t rope_rows;

@@ -129,6 +129,7 @@ class ModelCase : public CaseOf<ModelCase> {
     list_fields(fields, io.x, "io.x");
     list_fields(fields, io.logits, "io.logits");
     list_fields(fields, io.hidden, "io.hidden");
+    list_fields(fields, io.next, "io.next");
     fields.push_back({Field::kSize, &io.keep, "io.keep"});
     change(fields);
     // a stride of 0 makes a call of any number of rows well-formed, and long

@@ -233,6 +233,10 @@ void list_fields(std::vector<Field>& fields, hff_call& call) {
   fields.push_back({Field::kSize, &call.mask.key_stride, "mask.key_stride"});
   fields.push_back({Field::kSize, &call.mask.keys, "mask.keys"});
   fields.push_back({Field::kEnum, &call.mask.kind, "mask.kind"});
+  fields.push_back({Field::kEnum, &call.device, "call.device"});
+  fields.push_back({Field::kEnum, &call.ordinal, "call.ordinal"});
+  fields.push_back({Field::kEnum, &call.plan, "call.plan"});
+  list_fields(fields, call.workspace, "call.workspace");
 }
 
 void list_fields(std::vector<Field>& fields, hff_heads& heads) {

@@ -311,10 +311,16 @@ bool contradict(Random& random, const Field& field, const Named& fields) {
   if (name == "starts[0]") return set(random.pick<int64_t>({-1, 1, INT64_MIN, INT64_MAX}));
   if (name == "mask.kind" || name == "call.dtype" || name == "call.causal" || name == "io.dtype" ||
       name == "io.activation" || name == "io.stage" || name == "io.precision" ||
-      name == "call.precision" || name == "norm.kind" || name == "heads.qkv_layout" ||
-      name == "block.residual" || name == "block.activation") {
+      name == "call.precision" || name == "call.plan" || name == "norm.kind" ||
+      name == "heads.qkv_layout" || name == "block.residual" || name == "block.activation") {
     return *static_cast<int32_t*>(field.where) = 17, true;
   }
+  if (name == "call.ordinal") return *static_cast<int32_t*>(field.where) = -1, true;
+  // no such device; or CUDA, which a call without a workspace does not get even where it is
+  if (name == "call.device")
+    return *static_cast<int32_t*>(field.where) = random.pick<int32_t>({HFF_DEVICE_CUDA, 7}), true;
+  if (name == "io.next" && field.kind == Field::kPointer)
+    return *static_cast<void**>(field.where) = &random, true;
   if (name == "norm.eps" || name == "heads.scale")
     return *static_cast<float*>(field.where) = HUGE_VALF, true;
   if (field.kind != Field::kSize && field.kind != Field::kCell) return false;
