@@ -1,0 +1,136 @@
+// The input of a layer in shared memory, its statistics, and its norms.
+//
+//   mean = sum(x) / n;  var = sum((x - mean)^2) / n;  y = T((x - mean) / sqrt(var + eps) * w + b)
+//   RMS: mean = 0
+//
+// x: (batch, hidden) fp32 in shared memory. Every CTA computes all statistics by itself: hidden
+// additions are cheaper than a wait between CTAs. Two passes, fp32; sums in a fixed order: a
+// thread's elements, the lanes of a warp by xor, the warps in order. Both norms of a parallel layer
+// share the statistics.
+#pragma once
+
+#include "cuda/program.h"
+
+namespace hff {
+namespace cuda {
+
+// Threads of a CTA that work and wait together: `count` from `first`, a multiple of 32 each, behind
+// the named barrier `id`.
+struct Group {
+  int id, first, count;
+
+  HFF_DEVICE int rank() const { return port::thread() - first; }
+  HFF_DEVICE int warp() const { return rank() / 32; }
+  HFF_DEVICE int warps() const { return count / 32; }
+  HFF_DEVICE void sync() const { port::sync_named(id, count); }
+};
+
+HFF_DEVICE float warp_sum(float v) {
+  for (int mask = 16; mask > 0; mask /= 2) v += port::warp_xor(v, mask);
+  return v;
+}
+
+// NaN where either is
+HFF_DEVICE float larger(float a, float b) { return a > b || a != a ? a : b; }
+
+HFF_DEVICE float warp_max(float v) {
+  for (int mask = 16; mask > 0; mask /= 2) v = larger(v, port::warp_xor(v, mask));
+  return v;
+}
+
+// Element i of row b of a layer's input; NaN for an id outside the vocabulary.
+template <class T>
+HFF_DEVICE float input_at(const Source& source, const float* residual, int b, int i, int hidden) {
+  if (source.ids != nullptr) {
+    const int64_t id = source.ids[b * source.id_stride];
+    if (id < 0 || id >= source.vocab) return NAN;
+    return port::to_float(static_cast<const T*>(source.embedding)[id * hidden + i]);
+  }
+  const int64_t at = static_cast<int64_t>(b) * hidden + i;
+  if (source.x != nullptr) return port::to_float(static_cast<const T*>(source.x)[at]);
+  return port::load_fresh(residual + at);
+}
+
+// x[b][i], all of it. Ends with a barrier.
+template <class T>
+HFF_DEVICE void load_input(const Group& group, const Source& source, const float* residual,
+                           int batch, int hidden, float* x) {
+  for (int b = 0; b < batch; ++b) {
+    for (int i = group.rank(); i < hidden; i += group.count)
+      x[b * hidden + i] = input_at<T>(source, residual, b, i, hidden);
+  }
+  group.sync();
+}
+
+// sums[b] over the group of the squares of x[b][i] - mean[b], or of x[b][i] itself. reduce: (warps,
+// kMaxBatch). Ends with a barrier.
+template <bool kSquares>
+HFF_DEVICE void reduce_rows(const Group& group, const float* x, int batch, int hidden,
+                            const float (&mean)[kMaxBatch], float* reduce,
+                            float (&sums)[kMaxBatch]) {
+#pragma unroll
+  for (int b = 0; b < kMaxBatch; ++b) {
+    if (b >= batch) break;
+    float sum = 0.0f;
+    for (int i = group.rank(); i < hidden; i += group.count) {
+      const float v = x[b * hidden + i] - mean[b];
+      sum = kSquares ? fmaf(v, v, sum) : sum + v;
+    }
+    sum = warp_sum(sum);
+    if (port::lane() == 0) reduce[group.warp() * kMaxBatch + b] = sum;
+  }
+  group.sync();
+#pragma unroll
+  for (int b = 0; b < kMaxBatch; ++b) {
+    sums[b] = 0.0f;
+    if (b >= batch) continue;
+    for (int w = 0; w < group.warps(); ++w) sums[b] += reduce[w * kMaxBatch + b];
+  }
+  group.sync();
+}
+
+struct Statistics {
+  float mean[kMaxBatch], variance[kMaxBatch];
+};
+
+HFF_DEVICE void statistics(const Group& group, const float* x, int batch, int hidden,
+                                  bool rms, float* reduce, Statistics* s) {
+  float mean[kMaxBatch] = {0.0f, 0.0f, 0.0f, 0.0f};
+  if (!rms) {
+    float sums[kMaxBatch];
+    reduce_rows<false>(group, x, batch, hidden, mean, reduce, sums);
+#pragma unroll
+    for (int b = 0; b < kMaxBatch; ++b) mean[b] = sums[b] / static_cast<float>(hidden);
+  }
+  float squares[kMaxBatch];
+  reduce_rows<true>(group, x, batch, hidden, mean, reduce, squares);
+#pragma unroll
+  for (int b = 0; b < kMaxBatch; ++b) {
+    s->mean[b] = mean[b];
+    s->variance[b] = squares[b] / static_cast<float>(hidden);
+  }
+}
+
+// out[b * stride + i] = T(norm(x)); without a weight, T(x).
+template <class T>
+HFF_DEVICE void normalise(const Group& group, const Norm& norm, const Statistics& s, const float* x,
+                          int batch, int hidden, T* out, int stride) {
+  const T* weight = static_cast<const T*>(norm.weight);
+  const T* bias = static_cast<const T*>(norm.bias);
+#pragma unroll
+  for (int b = 0; b < kMaxBatch; ++b) {
+    if (b >= batch) break;
+    const float scale = 1.0f / sqrtf(s.variance[b] + norm.eps);
+    for (int i = group.rank(); i < hidden; i += group.count) {
+      float y = x[b * hidden + i];
+      if (weight != nullptr) {
+        y = (y - s.mean[b]) * scale * port::to_float(weight[i]);
+        if (bias != nullptr) y += port::to_float(bias[i]);
+      }
+      out[static_cast<int64_t>(b) * stride + i] = port::from_float<T>(y);
+    }
+  }
+}
+
+}  // namespace cuda
+}  // namespace hff

@@ -1,0 +1,14 @@
+#include "cuda/kernels.h"
+
+namespace hff {
+namespace cuda {
+namespace {
+HFF_INSTANTIATE(token, TokenParams)
+}  // namespace
+
+port::Kernel<TokenParams> token_kernel(int32_t dtype, int batch, bool bulk) {
+  return of_dtype(dtype, batch, bulk);
+}
+
+}  // namespace cuda
+}  // namespace hff
