@@ -50,9 +50,12 @@ class Emulated:
 
 
 class Unreadable:
-    """Inside, whatever would bring a tensor's value to the host raises."""
+    """Inside, whatever would bring a tensor's value to the host raises, or a count from there."""
 
-    METHODS = ("item", "tolist", "__bool__", "__int__", "__index__", "__float__", "numpy", "equal")
+    METHODS = (
+        "item", "tolist", "__bool__", "__int__", "__index__", "__float__", "numpy", "equal",
+        "fill_",
+    )  # fmt: skip
 
     def __enter__(self):
         self.before = [getattr(torch.Tensor, name) for name in self.METHODS]

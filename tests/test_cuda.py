@@ -91,8 +91,10 @@ def test_the_report_names_the_device(device):
     before = picture(model)
     report = hf_fusion.patch(model, backend="cuda")
     assert report.fused_layers == 2 and report.reason is None and not report.packed_bytes
-    assert {(layer.backend, layer.kernel) for layer in report.layers} == {("cuda", "sm_90 emulated")}
-    assert {r["status"] for r in hf_fusion.supported().to_dict() if r["backend"] == "cuda"} == {"yes"}
+    kernels = {(layer.backend, layer.kernel) for layer in report.layers}
+    assert kernels == {("cuda", "sm_90 emulated")}
+    rows = hf_fusion.supported().to_dict()
+    assert {row["status"] for row in rows if row["backend"] == "cuda"} == {"yes"}
     with fused_hits(model, refused=(Reason.ROWS,)):
         model.generate(tokens(0), max_new_tokens=3, do_sample=False)
     hf_fusion.unpatch(model)
@@ -130,7 +132,8 @@ def test_steps_are_as_right_as_stock_s(device, residual, dtype, fusion, trials):
 def test_every_plan_on_every_architecture(device, plan, arch, trials):
     """The same tokens, whatever the device and the order in which its threads run."""
     model = model_of("bf16", seed=1)
-    inputs = {"input_ids": tokens(1, 2, 5), "attention_mask": torch.tensor([[0, 1, 1, 1, 1], [1] * 5])}
+    mask = torch.tensor([[0, 1, 1, 1, 1], [1] * 5])
+    inputs = {"input_ids": tokens(1, 2, 5), "attention_mask": mask}
     with hf_fusion.patched(model, backend="reference"):
         want = model.generate(**inputs, max_new_tokens=6)
     for seed in range(3):
@@ -198,7 +201,8 @@ def test_what_no_kernel_takes_runs_stock_and_is_counted(device):
     assert refusals(model_of(), batch=5) == {Reason.ROWS.value: 1}
     assert refusals(model_of("fp32")) == {Reason.DTYPE.value: 1}
     assert refusals(model_of(), use_cache=lambda _: False) == {Reason.CACHE_TYPE.value: 1}
-    late = {"position_ids": lambda _: torch.tensor([[2]]), "cache_position": lambda _: torch.tensor([2])}
+    at = torch.tensor([2])
+    late = {"position_ids": lambda _: at[None], "cache_position": lambda _: at}
     assert set(refusals(model_of(), **late)) == {Reason.POSITIONS.value}
     report = hf_fusion.patch(build("bert", {}, "fp16", "sdpa"), backend="cuda")
     assert {layer.reason for layer in report.layers} == {Reason.UNSUPPORTED}
@@ -325,8 +329,11 @@ def test_changed_weights_and_frequencies_are_seen(device):
         after, calls = step(model), device.calls
         with hf_fusion.patched(copy.deepcopy(model), backend="reference"):
             want = step(copy.deepcopy(model))
-        assert not torch.allclose(before, after, rtol=5e-2, atol=5e-2), f"edit {number} changes nothing"
-        torch.testing.assert_close(after, want, rtol=3e-2, atol=3e-2, msg=lambda m: f"edit {number}: {m}")
+        what = f"edit {number}"
+        assert not torch.allclose(before, after, rtol=5e-2, atol=5e-2), f"{what} changes nothing"
+        torch.testing.assert_close(
+            after, want, rtol=3e-2, atol=3e-2, msg=lambda text: f"{what}: {text}"
+        )
         assert calls
     hf_fusion.unpatch(model)
 
