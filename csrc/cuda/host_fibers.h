@@ -31,8 +31,9 @@ struct Options {
   uint64_t seed =
       1;  // changes with every launch, so that launches in a row differ; a report names it
   port::Device device = {900, 8, 232448, 233472, "host fibers"};
-  bool late_copies = false;  // copies are delivered only when nobody can run
-  bool poison = true;        // false: shared memory starts as zeros
+  bool late_copies = false;          // copies are delivered only when nobody can run
+  bool poison = true;                // false: shared memory starts as zeros
+  uint64_t most_turns = 1ull << 28;  // after which the launch counts as one that does not end
 };
 Options& options();  // of the next launch of this thread
 
