@@ -48,7 +48,7 @@ int max_active_clusters(const port::Launch& launch) {
   return per_sm * device.sms / launch.cluster;
 }
 
-// ---- a launch ------------------------------------------------------------------------------------
+// ---- a launch -----------------------------------------------------------------------------------
 
 Engine::~Engine() {
   for (Fiber& fiber : fibers_) release(&fiber.context);
@@ -192,7 +192,7 @@ void Engine::start_cluster(Cluster* cluster) {
   }
 }
 
-// ---- the life of a fiber -------------------------------------------------------------------------
+// ---- the life of a fiber ------------------------------------------------------------------------
 
 // Where a thread ends, its fiber waits for the next thread to become.
 void Engine::fiber_main() {

@@ -34,7 +34,7 @@ uint32_t Members::last() const {
   return kNone;
 }
 
-// ---- policies ------------------------------------------------------------------------------------
+// ---- policies -----------------------------------------------------------------------------------
 
 void Engine::draw_policy() {
   policy_ = static_cast<Policy>(random.below(5));
@@ -104,7 +104,7 @@ void Engine::yield() {
   resume(choose());
 }
 
-// ---- running and waiting -------------------------------------------------------------------------
+// ---- running and waiting ------------------------------------------------------------------------
 
 void Engine::resume(Fiber* next) {
   Fiber* from = current();

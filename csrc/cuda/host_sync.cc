@@ -95,7 +95,7 @@ uint64_t warp_exchange(bool by_mask, int argument, uint64_t bits, int bytes) {
   return meet("warp_from", argument, bits, bytes);
 }
 
-// ---- clusters ------------------------------------------------------------------------------------
+// ---- clusters -----------------------------------------------------------------------------------
 
 void cluster_arrive() {
   Fiber* fiber = enter("cluster_arrive");
@@ -153,7 +153,7 @@ const void* peer(const void* shared, int rank) {
   return other.arena + offset;
 }
 
-// ---- barriers in shared memory -------------------------------------------------------------------
+// ---- barriers in shared memory ------------------------------------------------------------------
 
 namespace {
 

@@ -30,7 +30,7 @@ enum class Fault {
   kNoSuchRank,
 };
 
-// ---- block_sum: every block adds its numbers, `rounds` times over, through the same slots --------
+// ---- block_sum: every block adds its numbers, `rounds` times over, through the same slots -------
 
 struct Sums {
   const float* x;  // (rounds, blocks, threads)
@@ -94,7 +94,7 @@ std::string run_block_sum() {
   return judge(launch, block_sum<kFault>, Sums{x.data(), out.data(), kRounds}, out, expected);
 }
 
-// ---- pairs: two halves of a block hand numbers round among themselves ----------------------------
+// ---- pairs: two halves of a block hand numbers round among themselves ---------------------------
 
 struct Pairs {
   const float* x;  // (threads)
@@ -135,7 +135,7 @@ std::string run_pairs() {
   return judge(launch, pairs<kFault>, Pairs{x.data(), out.data(), kRounds}, out, expected);
 }
 
-// ---- cluster_gather: publish, barrier, read all in rank order, barrier ---------------------------
+// ---- cluster_gather: publish, barrier, read all in rank order, barrier --------------------------
 
 struct Gather {
   const float* x;  // (rounds, blocks, threads)

@@ -26,7 +26,7 @@ enum class Fault {
   kPollsByAdding,
 };
 
-// ---- grid_hop: every block computes a part of a vector from all of the one before ----------------
+// ---- grid_hop: every block computes a part of a vector from all of the one before ---------------
 
 struct Hops {
   float* vectors;     // (2, elements)
@@ -101,7 +101,7 @@ std::string run_grid_hop() {
                Hops{vectors.data(), &counter, out.data(), kElements, kLayers}, out, expected);
 }
 
-// ---- last_sums: the last block to arrive adds everybody's slots, in the order of blocks -----------
+// ---- last_sums: the last block to arrive adds everybody's slots, in the order of blocks ---------
 
 struct Slots {
   const float* x;      // (blocks, threads)
@@ -149,7 +149,7 @@ std::string run_last_sums() {
                expected);
 }
 
-// ---- turns: blocks take turns, polling a word by hand --------------------------------------------
+// ---- turns: blocks take turns, polling a word by hand -------------------------------------------
 
 struct Turns {
   uint32_t* turn;  // zero

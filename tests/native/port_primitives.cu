@@ -57,6 +57,7 @@ HFF_DEVICE void eights(const T* in, T* out) {
   float v[8], once[8];
   port::load8(in, v);
   port::load8_once(in + 8, once);
+  HFF_UNROLL
   for (int i = 0; i < 8; ++i) v[i] += once[i];
   port::store8(out, v);
   out[8] = port::from_float<T>(port::to_float(port::load_fresh(in)) + 1.0f);

@@ -42,7 +42,7 @@ struct Tiles {
   int tiles;
 };
 
-// ---- bulk: a lane of warp 3 fills, warps 0..2 add ------------------------------------------------
+// ---- bulk: a lane of warp 3 fills, warps 0..2 add -----------------------------------------------
 
 constexpr int kSlots = 3, kConsumers = kTile;
 struct alignas(16) Ring {
@@ -110,7 +110,7 @@ void bulk_ring(HFF_PARAM(Tiles) p) {
   if (thread() < kConsumers) p.out[block() * kTile + thread()] = drain<kFault>(ring, p);
 }
 
-// ---- groups: every thread copies 16 bytes of a tile and adds what its neighbour copied -----------
+// ---- groups: every thread copies 16 bytes of a tile and adds what its neighbour copied ----------
 
 constexpr int kStages = 3;
 
@@ -147,7 +147,7 @@ void group_ring(HFF_PARAM(Tiles) p) {
   p.out[block() * kTile + thread()] = sum;
 }
 
-// ---- runs ----------------------------------------------------------------------------------------
+// ---- runs ---------------------------------------------------------------------------------------
 
 constexpr int kBlocks = 2, kTiles = 11;
 
