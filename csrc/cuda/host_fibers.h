@@ -16,7 +16,9 @@
 //   memory of a block that has ended or not begun. When nobody can run and no copy is in flight,
 //   the report says who waits for what.
 //
-// After a report the fibers are abandoned: destructors of a kernel's locals do not run.
+// After a report the fibers are abandoned: destructors of a kernel's locals do not run. A loop that
+// calls no primitive is not interrupted. Launches never overlap, also those that may: what a kernel
+// reads before dependencies_wait is not judged.
 #pragma once
 
 #include <cstddef>
