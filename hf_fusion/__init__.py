@@ -8,6 +8,7 @@
 """
 
 from .backends import supported
+from .generation import generate
 from .patching import patch, patched, stats, unpatch
 from .registry import register_family
 from .report import FusionError, Reason, Report, Stats
@@ -19,6 +20,7 @@ __all__ = [
     "Reason",
     "Report",
     "Stats",
+    "generate",
     "patch",
     "patched",
     "register_family",

@@ -7,9 +7,7 @@ import ctypes
 import importlib.util
 import os
 import re
-import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -423,30 +421,11 @@ def test_sizes_are_multiplied_in_checked_h_only():
 # ---------------------------------------------------------------- the native cases
 
 
-def tool(name: str) -> str | None:
-    beside = Path(sys.executable).parent / name
-    return shutil.which(name) or (str(beside) if beside.exists() else None)
-
-
 @pytest.fixture(scope="session")
-def cases() -> str:
-    """hff_cases: HFF_CASES if set, else built with fault switches into build/cases."""
-    if os.environ.get("HFF_CASES"):
-        return os.environ["HFF_CASES"]
-    cmake = tool("cmake")
-    if not cmake or not (os.environ.get("CXX") or tool("c++") or tool("g++")):
-        pytest.skip(
-            "no cmake or no C++ compiler to build tests/native with; set HFF_CASES to a built hff_cases"
-        )
-    build = ROOT / "build/cases"
-    options = ["-DCMAKE_BUILD_TYPE=Release", "-DHFF_TESTS=ON", "-DHFF_FAULTS=ON"]
-    for command in (
-        [cmake, "-S", str(ROOT), "-B", str(build), *options],
-        [cmake, "--build", str(build), "--parallel"],
-    ):
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    return str(build / "hff_cases")
+def cases(request) -> str:
+    """hff_cases: HFF_CASES if set, else built."""
+    given = os.environ.get("HFF_CASES")
+    return given or str(request.getfixturevalue("native_build") / "hff_cases")
 
 
 @pytest.mark.parametrize(
