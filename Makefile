@@ -101,6 +101,7 @@ export TSAN_OPTIONS ?= halt_on_error=1
 sanitize: build/address/hff_cases build/thread/hff_cases
 	build/address/hff_cases test
 	build/address/hff_cases fuzz $(FUZZ_ARGS)
+	build/address/hff_port_cases --seeds 100
 	$(FIXED_ADDRESSES) build/thread/hff_cases test
 
 build/address/hff_cases: SANITIZERS := address,undefined
@@ -108,7 +109,7 @@ build/thread/hff_cases: SANITIZERS := thread
 build/address/hff_cases build/thread/hff_cases: FORCE | $(OWN_CMAKE)
 	$(CMAKE) -S . -B $(@D) -DCMAKE_BUILD_TYPE=Release -DHFF_TESTS=ON -DHFF_FAULTS=ON \
 	  -DHFF_SANITIZE=$(SANITIZERS)
-	$(CMAKE) --build $(@D) --parallel $(shell nproc) --target hff_cases
+	$(CMAKE) --build $(@D) --parallel $(shell nproc) --target hff_cases hff_port_cases
 
 clean:
 	rm -rf build .pytest_cache .hypothesis tests/.pytest_cache tests/.hypothesis

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .binding import LayerBinding
+from .binding import LayerBinding, ModelBinding
 from .report import FusionError, Reason
 from .slots import StaticSlot
 
@@ -22,13 +22,13 @@ def check_gradients(tensors: list) -> None:
             raise FusionError(Reason.GRADIENTS, "gradients are enabled and something requires them")
 
 
-def check_dense(name: str, tensor: Any, dims: int) -> None:
+def check_dense(name: str, tensor: Any, dims: int, device: torch.device) -> None:
     if type(tensor) is not torch.Tensor:
         raise FusionError(
             Reason.TENSOR_TYPE, f"{name} is a {type(tensor).__name__}, expected torch.Tensor"
         )
-    if tensor.device.type != "cpu":
-        raise FusionError(Reason.DEVICE, f"{name} is on {tensor.device}, expected cpu")
+    if tensor.device != device:
+        raise FusionError(Reason.DEVICE, f"{name} is on {tensor.device}, expected {device}")
     if tensor.layout is not torch.strided or tensor.dim() != dims:
         raise FusionError(
             Reason.INPUT,
@@ -40,8 +40,8 @@ def check_dense(name: str, tensor: Any, dims: int) -> None:
         )
 
 
-def check_ids(ids: Any) -> torch.Tensor:
-    check_dense("input_ids", ids, 2)
+def check_ids(ids: Any, device: torch.device) -> torch.Tensor:
+    check_dense("input_ids", ids, 2, device)
     if ids.dtype is torch.int64:
         return ids
     if ids.dtype is torch.int32:
@@ -49,19 +49,24 @@ def check_ids(ids: Any) -> torch.Tensor:
     raise FusionError(Reason.INPUT, f"input_ids are {ids.dtype}, expected int64 or int32")
 
 
-def check_hidden(name: str, x: Any, hidden: int, dtype: torch.dtype) -> torch.Tensor:
-    check_dense(name, x, 3)
-    if x.shape[2] != hidden:
+def check_hidden(name: str, x: Any, binding: LayerBinding | ModelBinding) -> torch.Tensor:
+    check_dense(name, x, 3, binding.device)
+    if x.shape[2] != binding.hidden:
         raise FusionError(
-            Reason.SHAPE, f"{name} have shape {tuple(x.shape)}, expected hidden size {hidden}"
+            Reason.SHAPE,
+            f"{name} have shape {tuple(x.shape)}, expected hidden size {binding.hidden}",
         )
-    if x.dtype != dtype:
-        raise FusionError(Reason.MIXED_DTYPE, f"{name} are {x.dtype}, the model is {dtype}")
+    if x.dtype != binding.dtype:
+        raise FusionError(
+            Reason.MIXED_DTYPE, f"{name} are {x.dtype}, the model is {binding.dtype}"
+        )
     return x.contiguous()
 
 
-def check_positions(positions: Any, batch: int, queries: int) -> torch.Tensor:
-    check_dense("position_ids", positions, 2)
+def check_positions(
+    positions: Any, batch: int, queries: int, device: torch.device
+) -> torch.Tensor:
+    check_dense("position_ids", positions, 2, device)
     if positions.dtype is torch.int32:
         positions = positions.to(torch.int64)
     rows, columns = positions.shape
@@ -74,9 +79,13 @@ def check_positions(positions: Any, batch: int, queries: int) -> torch.Tensor:
     return positions
 
 
-def check_cache_position(positions: Any, past: int, queries: int) -> None:
+def check_cache_position(positions: Any, past: int | None, queries: int, binding: Any) -> None:
     """What transformers before 5.4 passes beside position_ids must count on from the cache."""
-    expected = torch.arange(past, past + queries)
+    if binding.backend.asynchronous:
+        raise FusionError(
+            Reason.POSITIONS, "cache_position is given, which is not read back from a device"
+        )
+    expected = torch.arange(past, past + queries, device=binding.device)
     if (
         type(positions) is not torch.Tensor
         or positions.shape != expected.shape
@@ -88,11 +97,11 @@ def check_cache_position(positions: Any, past: int, queries: int) -> None:
 def check_model_mask(mask, batch, queries, past, binding, cache, slots) -> torch.Tensor:
     """A mask as the base model takes it: (batch, keys) or (batch|1, 1, queries, keys)."""
     if type(mask) is torch.Tensor and mask.dim() == 4:
-        static = type(slots[0]) is StaticSlot
-        check_mask(mask, batch, queries, past, binding.dtype, binding.implementation, static)
+        check_mask(mask, batch, queries, past, binding, type(slots[0]) is StaticSlot)
         return mask
-    check_dense("attention_mask", mask, 2)
-    keys = past + queries
+    check_dense("attention_mask", mask, 2, binding.device)
+    # past is None: a static cache on a device, whose keys past the end of the mask no query sees
+    keys = (past or 0) + queries
     # without a cache the mask alone says how many keys there are
     if mask.shape[0] != batch or mask.shape[1] < keys or (cache is None and mask.shape[1] != keys):
         raise FusionError(
@@ -104,10 +113,14 @@ def check_model_mask(mask, batch, queries, past, binding, cache, slots) -> torch
 _checked = threading.local()  # the last mask found causal; all layers of a forward share one
 
 
-def check_mask(mask, batch, queries, past, dtype, implementation, static) -> None:
-    """Raises FusionError unless a 4D mask fits and lets no query see a later key."""
-    check_dense("attention_mask", mask, 4)
-    keys = past + queries
+def check_mask(mask, batch, queries, past, binding, static) -> None:
+    """Raises FusionError unless a 4D mask fits and lets no query see a later key.
+
+    `past` None, a static cache on a device: the mask is not read; kernels see no later key.
+    """
+    dtype, implementation = binding.dtype, binding.implementation
+    check_dense("attention_mask", mask, 4, binding.device)
+    keys = (past or 0) + queries
     rows, heads, columns, width = mask.shape
     fits = width >= keys if static else width == keys
     if rows not in (1, batch) or heads != 1 or columns != queries or not fits:
@@ -120,7 +133,7 @@ def check_mask(mask, batch, queries, past, dtype, implementation, static) -> Non
         raise FusionError(
             Reason.MASK, f"attention_mask is {mask.dtype}, which {implementation} does not mask by"
         )
-    if queries == 1 and width == keys:
+    if past is None or (queries == 1 and width == keys):
         return
     version = None if mask.is_inference() else mask._version
     last = getattr(_checked, "last", None)
@@ -131,7 +144,7 @@ def check_mask(mask, batch, queries, past, dtype, implementation, static) -> Non
         and version is not None
     ):
         return
-    later = torch.ones(queries, width, dtype=torch.bool).triu(past + 1)
+    later = torch.ones(queries, width, dtype=torch.bool, device=mask.device).triu(past + 1)
     seen = (
         mask[..., later]
         if mask.dtype == torch.bool
@@ -142,9 +155,10 @@ def check_mask(mask, batch, queries, past, dtype, implementation, static) -> Non
     _checked.last = (weakref.ref(mask), version, past)
 
 
-def check_encoder_mask(mask, batch, length, dtype, implementation) -> None:
+def check_encoder_mask(mask, batch, length, binding) -> None:
     """Raises FusionError unless a mask is (batch|1, 1, length|1, length), bool or additive."""
-    check_dense("attention_mask", mask, 4)
+    dtype, implementation = binding.dtype, binding.implementation
+    check_dense("attention_mask", mask, 4, binding.device)
     rows, heads, queries, keys = mask.shape
     if rows not in (1, batch) or heads != 1 or queries not in (1, length) or keys != length:
         raise FusionError(
@@ -164,7 +178,7 @@ def check_rope(rope: Any, batch: int, queries: int, binding: LayerBinding) -> No
     if type(rope) is not tuple or len(rope) != 2:
         raise FusionError(Reason.POSITIONS, "position_embeddings are not a tuple of cos and sin")
     for tensor in rope:
-        check_dense("position_embeddings", tensor, 3)
+        check_dense("position_embeddings", tensor, 3, binding.device)
         rows, columns, width = tensor.shape
         expected = (batch, queries, binding.spec.attention.rotary_dim)
         if (

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
+
+import torch
 
 from .reference import ReferenceBackend
 from .registry import families
@@ -12,11 +14,57 @@ FUSIONS = ("none", "decomposed", "attention", "attention+up", "full")
 BACKENDS = ("auto", "cpu", "cuda", "reference")
 
 
-class Resolved(NamedTuple):
-    """A back end, or None with the reason why calls run stock."""
+class Backends:
+    """What stands behind the name of a back end: one for the host's memory, one for CUDA devices.
 
-    backend: Any
-    error: FusionError | None = None
+    `name`: as in `patch`. `error`: why the native library cannot be had under "auto", else None.
+    Raises FusionError for a back end asked for by name that is absent, and where HF_FUSION_ISA asks
+    for an instruction set that is.
+    """
+
+    def __init__(self, name: str):
+        self.name, self.error = name, None
+        self._made: dict[str, Any] = {}
+        if name == "reference":
+            self._made = dict.fromkeys(("cpu", "cuda"), ReferenceBackend())
+        elif name == "cuda":
+            self._made = dict.fromkeys(("cpu", "cuda"), _cuda())
+        else:
+            self._take_cpu()
+
+    def _take_cpu(self) -> None:
+        try:
+            from . import step
+
+            self._made["cpu"] = step.CpuBackend()
+        except (ImportError, OSError, FusionError) as error:
+            if not isinstance(error, FusionError):
+                error = FusionError(
+                    Reason.LIBRARY, f"the native library could not be loaded: {error}"
+                )
+            if self.name == "cpu" or error.reason is Reason.ISA:
+                raise error from None
+            self.error = error
+
+    def of(self, device: torch.device) -> Any:
+        """The back end for weights on `device`; FusionError where there is none."""
+        kind = "cuda" if device.type == "cuda" and self.name != "cpu" else "cpu"
+        found = self._made.get(kind, self.error)
+        if found is None:  # "auto", and the first model on a CUDA device
+            try:
+                found = _cuda()
+            except FusionError as error:
+                found = error
+            self._made[kind] = found
+        if isinstance(found, FusionError):
+            raise found
+        return found
+
+
+def _cuda() -> Any:
+    from . import cuda
+
+    return cuda.CudaBackend()
 
 
 def check_fusion(fusion: str) -> None:
@@ -27,35 +75,13 @@ def check_fusion(fusion: str) -> None:
         )
 
 
-def resolve(name: str) -> Resolved:
-    """The back end called `name`.
-
-    Raises FusionError for a name that is not known or not in this build, and where HF_FUSION_ISA
-    asks for an instruction set that is absent. "auto" without a native library resolves to no back
-    end and the reason.
-    """
+def resolve(name: str) -> Backends:
+    """The back ends called `name`; FusionError for a name that is not known or not to be had."""
     if name not in BACKENDS:
         raise FusionError(
             Reason.UNKNOWN_BACKEND, f"backend is {name!r}, expected one of {', '.join(BACKENDS)}"
         )
-    if name == "reference":
-        return Resolved(ReferenceBackend())
-    if name == "cuda":
-        raise FusionError(
-            Reason.BACKEND_ABSENT,
-            "backend is 'cuda', but this build has no CUDA back end; expected auto, cpu or "
-            "reference",
-        )
-    try:
-        from . import step
-
-        return Resolved(step.CpuBackend())
-    except (ImportError, OSError, FusionError) as error:
-        if not isinstance(error, FusionError):
-            error = FusionError(Reason.LIBRARY, f"the native library could not be loaded: {error}")
-        if name == "cpu" or error.reason is Reason.ISA:
-            raise error from None
-        return Resolved(None, error)
+    return Backends(name)
 
 
 class Support:

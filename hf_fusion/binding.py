@@ -24,10 +24,14 @@ IMPLEMENTATIONS = ("eager", "sdpa")
 
 
 def check_parameter(
-    owner: str, tensor: Any, shape: tuple, dtype: torch.dtype | None
-) -> torch.dtype:
-    """Raises FusionError unless `tensor` is a plain dense CPU parameter of `shape` and `dtype`.
-    Returns its dtype.
+    owner: str,
+    tensor: Any,
+    shape: tuple,
+    dtype: torch.dtype | None = None,
+    device: torch.device | None = None,
+) -> None:
+    """Raises FusionError unless `tensor` is a plain dense parameter of `shape` and, where they are
+    given, of `dtype` on `device`.
     """
     if type(tensor) is not nn.Parameter:
         raise FusionError(
@@ -35,8 +39,8 @@ def check_parameter(
         )
     if tensor.is_meta:
         raise FusionError(Reason.META, f"{owner} is on the meta device")
-    if tensor.device.type != "cpu":
-        raise FusionError(Reason.DEVICE, f"{owner} is on {tensor.device}, expected cpu")
+    if device is not None and tensor.device != device:
+        raise FusionError(Reason.DEVICE, f"{owner} is on {tensor.device}, the rest on {device}")
     if tensor.dtype not in DTYPES:
         raise FusionError(Reason.DTYPE, f"{owner} is {tensor.dtype}, expected fp32, bf16 or fp16")
     if dtype is not None and tensor.dtype != dtype:
@@ -47,15 +51,16 @@ def check_parameter(
         raise FusionError(
             Reason.SHAPE, f"{owner} has shape {tuple(tensor.shape)}, expected {tuple(shape)}"
         )
-    return tensor.dtype
 
 
-def _check_tensors(tensors: BlockTensors, shapes: BlockTensors) -> torch.dtype:
-    dtype = None
+def _check_tensors(tensors: BlockTensors, shapes: BlockTensors) -> tuple:
+    """The dtype and the device that all tensors share."""
+    dtype = device = None
     for name, tensor, shape in zip(BlockTensors._fields, tensors, shapes, strict=True):
         if shape is not None and (tensor is not None or name.endswith("weight")):
-            dtype = check_parameter(name, tensor, shape, dtype)
-    return dtype
+            check_parameter(name, tensor, shape, dtype, device)
+            dtype, device = tensor.dtype, tensor.device
+    return dtype, device
 
 
 def watch_attention(watch: Watch, config: Any) -> str:
@@ -86,7 +91,10 @@ class LayerBinding:
     ):
         self.spec = family.to_spec(layer)
         self.tensors = family.tensors(layer)
-        self.dtype = _check_tensors(self.tensors, tensor_shapes(self.spec))
+        self.backend = backend
+        self.hidden = self.spec.hidden
+        self.dtype, self.device = _check_tensors(self.tensors, tensor_shapes(self.spec))
+        backend.check_device(self.device)
         self.cache_index = family.cache_index(layer) if family.cache_index is not None else 0
         if type(self.cache_index) is not int or self.cache_index < 0:
             raise FusionError(
@@ -136,6 +144,7 @@ class ModelBinding:
         self._outer(base, lm)
         self._layers(layers)
         first = layers[0]
+        self.backend, self.device = backend, first.device
         self.dtype, self.hidden = first.dtype, first.spec.hidden
         self.kv_heads, self.head_dim = first.spec.attention.kv_heads, first.spec.attention.head_dim
         self.implementation = first.implementation
@@ -145,17 +154,26 @@ class ModelBinding:
         head = self._head(family, lm)
         if parts.rotary is not None:
             self._rotary(parts.rotary, first.spec.attention.rotary_dim)
-            self.rope = RopeTable(parts.rotary, self.dtype)
+            rows = self._positions() if backend.asynchronous else 0
+            self.rope = RopeTable(parts.rotary, self.dtype, self.device, rows)
         watch.compact()
         self.native = backend.bind_model([layer.block for layer in layers], embedding, norm, *head)
+
+    def _positions(self) -> int:
+        """Positions a call may use that nothing on the host sees: those the model was made for."""
+        most = vars(self.config).get("max_position_embeddings")
+        return most if type(most) is int else 0
 
     def _embedding(self) -> torch.Tensor | None:
         if self.parts.embedding is None:
             return None
         weight = self.parts.embedding.weight
-        check_parameter("the embedding", weight, (weight.shape[0], self.hidden), self.dtype)
+        self._check("the embedding", weight, (weight.shape[0], self.hidden))
         self.watch.tensor(weight)
         return weight
+
+    def _check(self, owner: str, tensor: Any, shape: tuple) -> None:
+        check_parameter(owner, tensor, shape, self.dtype, self.device)
 
     def _final_norm(self) -> tuple | None:
         norm = self.parts.final_norm
@@ -163,7 +181,7 @@ class ModelBinding:
             return None
         for name in ("weight", "bias"):
             tensor = getattr(norm, name)
-            check_parameter(f"the final norm's {name}", tensor, (self.hidden,), self.dtype)
+            self._check(f"the final norm's {name}", tensor, (self.hidden,))
             self.watch.tensor(tensor)
         return self.parts.final_norm_spec, norm.weight, norm.bias
 
@@ -172,9 +190,9 @@ class ModelBinding:
             return None, None
         linear = family.head(lm)
         rows = linear.weight.shape[0]
-        check_parameter("the head's weight", linear.weight, (rows, self.hidden), self.dtype)
+        self._check("the head's weight", linear.weight, (rows, self.hidden))
         if linear.bias is not None:
-            check_parameter("the head's bias", linear.bias, (rows,), self.dtype)
+            self._check("the head's bias", linear.bias, (rows,))
         self.watch.module("the head", linear)
         self.watch.tensor(linear.weight)
         self.watch.tensor(linear.bias)
@@ -210,6 +228,10 @@ class ModelBinding:
                 raise FusionError(
                     Reason.MIXED_DTYPE, f"layer {index} is {layer.dtype}, layer 0 {layers[0].dtype}"
                 )
+            if layer.device != layers[0].device:
+                raise FusionError(
+                    Reason.DEVICE, f"layer {index} is on {layer.device}, layer 0 {layers[0].device}"
+                )
             if (layer.spec.hidden, layer.spec.attention) != (
                 layers[0].spec.hidden,
                 layers[0].spec.attention,
@@ -232,9 +254,9 @@ class ModelBinding:
             raise FusionError(
                 Reason.ROPE, f"the rope type is {kind!r}, which changes with the length"
             )
-        if type(frequencies) is not torch.Tensor or frequencies.device.type != "cpu":
+        if type(frequencies) is not torch.Tensor or frequencies.device != self.device:
             raise FusionError(
-                Reason.ROPE, "the rotary frequencies are not a plain tensor on the CPU"
+                Reason.ROPE, f"the rotary frequencies are not a plain tensor on {self.device}"
             )
         if 2 * frequencies.numel() != rotary_dim:
             raise FusionError(
@@ -244,9 +266,20 @@ class ModelBinding:
         for namespace, key in ((vars(rotary), "rope_type"), (vars(rotary), "attention_scaling")):
             self.watch.entry(namespace, key)
         self.watch.entry(rotary._buffers, "inv_freq")
-        # compared by value: a change in place shows in no pointer, and the table holds what they
-        # were
-        self.frequencies, self.bound_frequencies = frequencies, frequencies.detach().clone()
+        self.frequencies = frequencies
+        self.bound_frequencies = self._frequencies_now()
+
+    def _frequencies_now(self) -> Any:
+        """What tells whether the frequencies that the table was made from have changed.
+
+        Their values: a change in place shows in no pointer. On a device that would wait for all
+        work queued there; version and address are compared, which a write through `.data` passes
+        by.
+        """
+        now = self.frequencies
+        if not self.backend.asynchronous:
+            return now.detach().clone()
+        return now.data_ptr(), -1 if now.is_inference() else now._version, now.dtype
 
     def intact(self) -> bool:
         """Whether everything is still as it was bound."""
@@ -255,4 +288,6 @@ class ModelBinding:
         if self.frequencies is None:
             return True
         now, then = self.frequencies, self.bound_frequencies
+        if self.backend.asynchronous:
+            return then == self._frequencies_now()
         return now.dtype is then.dtype and torch.equal(now, then)

@@ -2,15 +2,17 @@
 
 As a slot (see slots.py) it offers `buffers`, a tuple (keys, values) of (batch, heads, capacity,
 head_dim) tensors that is replaced as a whole, so that the identity of the tuple vouches for the
-pointers; `length`, the tokens present;
-`length_address`, the address of the int64 that holds it; `reserve` and `advance`.
+pointers; `length`, the tokens present; `length_address`, the address of the int64 on the host that
+holds it, which kernels of the CPU advance; `reserve` and `advance`. On a device, whose kernels read
+and advance a length there, `count_address` is that length's address and `ran` says that they will
+have advanced it: the host counts along and reads nothing back.
 """
 
 from __future__ import annotations
 
 import ctypes
 import inspect
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers.cache_utils import DynamicLayer
@@ -20,6 +22,16 @@ from .report import FusionError, Reason
 _LEAST_GROWTH = 64  # tokens
 # earlier versions of transformers crop to a length where later ones remove a number of tokens
 _CROPS_BY_COUNT = "tokens_to_remove" in inspect.signature(DynamicLayer.crop).parameters
+
+
+class Layout(NamedTuple):
+    """What the keys, and the values, of a layer are beside their length."""
+
+    batch: int
+    heads: int
+    head_dim: int
+    dtype: torch.dtype
+    device: torch.device
 
 
 def _allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> tuple:
@@ -51,9 +63,11 @@ class GrowableLayer(DynamicLayer):
         self._started = False
         self._viewed = False
         self._spare: tuple[torch.Tensor, torch.Tensor] | None = None
-        self._layout: tuple = ()
+        self._layout: Layout | None = None
         self.native_caches: Any = None  # a back end's structs over the buffers of all layers
         self._capacity = 0
+        self._count: torch.Tensor | None = None  # the length on the device, int64
+        self._counted = -1  # what it will be when the work queued so far has run
 
     @classmethod
     def adopt(cls, layer: DynamicLayer) -> GrowableLayer:
@@ -75,27 +89,24 @@ class GrowableLayer(DynamicLayer):
         keys = self._loose[0]
         return keys.shape[-2] if self._started and keys is not None and keys.numel() else 0
 
-    def reserve(
-        self, batch: int, heads: int, head_dim: int, tokens: int, dtype: torch.dtype
-    ) -> None:
+    def reserve(self, layout: Layout, tokens: int) -> None:
         """Makes room for `tokens` more in `buffers`; moves everything or, on an error, nothing.
 
-        Raises FusionError where the tokens present have another shape or dtype, or are part of a
-        gradient.
+        Raises FusionError where the tokens present have another shape, dtype or device, or are
+        part of a gradient.
         """
-        layout = (batch, heads, head_dim, dtype)
-        # the layout is that of the buffers, and of nothing while there are none
+        # the layout is that of the buffers, and none while there are none
         if self._layout == layout and self._cell.value + tokens <= self._capacity:
             return
         length = self.length
         if length:
             self._check_live(layout)
             old = self._live(length)
-        device = old[0].device if length else torch.device("cpu")
         need = length + tokens
         growth = self._capacity + self._capacity // 2 if self._layout == layout else 0
         capacity = max(need + _LEAST_GROWTH, growth)
-        buffers = _allocate((batch, heads, capacity, head_dim), dtype, device)
+        shape = (layout.batch, layout.heads, capacity, layout.head_dim)
+        buffers = _allocate(shape, layout.dtype, layout.device)
         if length:
             with torch.no_grad():
                 buffers[0][:, :, :length].copy_(old[0])
@@ -106,12 +117,32 @@ class GrowableLayer(DynamicLayer):
         """Counts `tokens` that a torch back end has written behind the live ones."""
         self._cell.value += tokens
 
+    def count_address(self) -> int:
+        """Address, on the device of `buffers`, of an int64 that holds `length` for work queued from
+        now on.
+        """
+        length, device = self._cell.value, self.buffers[0].device
+        if self._count is None or self._count.device != device:
+            with torch.inference_mode(False):
+                self._count = torch.zeros((), dtype=torch.int64, device=device)
+            self._counted = 0
+        if self._counted != length:
+            with torch.no_grad():
+                self._count.fill_(length)
+            self._counted = length
+        return self._count.data_ptr()
+
+    def ran(self, tokens: int) -> None:
+        """Counts `tokens` that kernels queued on the device append and count there."""
+        self._cell.value += tokens
+        self._counted += tokens
+
     # How the two states change into each other
 
-    def _pack(self, buffers: tuple, length: int, layout: tuple) -> None:
+    def _pack(self, buffers: tuple, length: int, layout: Layout) -> None:
         # in an order that an interrupt may cut anywhere: the layout, which `reserve` trusts, comes
         # last
-        self._layout, self._spare, self.native_caches = (), None, None
+        self._layout, self._spare, self.native_caches = None, None, None
         self._cell.value = length
         self.dtype, self.device = buffers[0].dtype, buffers[0].device
         self.buffers = buffers
@@ -125,7 +156,7 @@ class GrowableLayer(DynamicLayer):
             return
         started, length = self.is_initialized, self._cell.value
         self._loose = list(self._live(length)) if started else [None, None]
-        self._layout, self._spare, self.native_caches = (), None, None
+        self._layout, self._spare, self.native_caches = None, None, None
         self.buffers, self._capacity = None, 0
         self._started = started
 
@@ -134,18 +165,19 @@ class GrowableLayer(DynamicLayer):
             return self._loose[0], self._loose[1]
         return self.buffers[0][:, :, :length], self.buffers[1][:, :, :length]
 
-    def _check_live(self, layout: tuple) -> None:
+    def _check_live(self, layout: Layout) -> None:
         keys, values = self._live(self.length)
-        batch, heads, head_dim, dtype = layout
+        batch, heads, head_dim, dtype, device = layout
         for name, tensor in (("keys", keys), ("values", values)):
             if type(tensor) is not torch.Tensor or tensor.layout is not torch.strided:
                 raise FusionError(
                     Reason.CACHE_STATE, f"cached {name} are a {type(tensor).__name__}"
                 )
-            if tensor.device.type != "cpu" or tensor.dtype != dtype:
+            if tensor.device != device or tensor.dtype != dtype:
                 raise FusionError(
                     Reason.CACHE_STATE,
-                    f"cached {name} are {tensor.dtype} on {tensor.device}, expected {dtype} on cpu",
+                    f"cached {name} are {tensor.dtype} on {tensor.device}, expected {dtype} on "
+                    f"{device}",
                 )
             if tensor.requires_grad:
                 raise FusionError(Reason.GRADIENTS, f"cached {name} require gradients")
@@ -214,7 +246,8 @@ class GrowableLayer(DynamicLayer):
             return super().update(key_states, value_states, *args, **kwargs)
         batch, heads, tokens, head_dim = key_states.shape
         try:
-            self.reserve(batch, heads, head_dim, tokens, key_states.dtype)
+            layout = Layout(batch, heads, head_dim, key_states.dtype, key_states.device)
+            self.reserve(layout, tokens)
         except FusionError:
             self._loosen()
             return super().update(key_states, value_states, *args, **kwargs)
@@ -234,7 +267,7 @@ class GrowableLayer(DynamicLayer):
             and keys.dim() == 4
             and keys.shape == values.shape
             and keys.dtype == values.dtype
-            and keys.device.type == values.device.type == "cpu"
+            and keys.device == values.device
             and not (torch.is_grad_enabled() and (keys.requires_grad or values.requires_grad))
         )
 
@@ -267,7 +300,9 @@ class GrowableLayer(DynamicLayer):
         self._loose, self._started = [None, None], False
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        """Row b becomes what row beam_idx[b] was; an identity costs nothing."""
+        """Row b becomes what row beam_idx[b] was; an identity, where the host sees it, costs
+        nothing.
+        """
         if self.buffers is None or self._cell.value == 0:
             return super().reorder_cache(beam_idx)
         batch, length = self.buffers[0].shape[0], self._cell.value
@@ -275,7 +310,7 @@ class GrowableLayer(DynamicLayer):
             self._loosen()
             return super().reorder_cache(beam_idx)
         index = beam_idx.to(self.device)
-        if index.tolist() == list(range(batch)):
+        if index.device.type == "cpu" and index.tolist() == list(range(batch)):
             return None
         spare = self._spare or _allocate(tuple(self.buffers[0].shape), self.dtype, self.device)
         with torch.no_grad():

@@ -18,8 +18,11 @@ import torch
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
+from . import streams
 from .binding import LayerBinding, ModelBinding
+from .cache import Layout
 from .guard import (
+    check_autocast,
     check_environment,
     read_encoder_call,
     read_encoder_layer_call,
@@ -49,10 +52,10 @@ _base_output = builder(BaseModelOutputWithPast, "last_hidden_state", "past_key_v
 
 
 class State:
-    """What all handles of one patched model share: the options, the back end and the counters.
+    """What all handles of one patched model share: the options, the back ends and the counters.
 
-    `backend` runs whole models, `layer_backend` layers; both are None where `error` says why calls
-    run stock.
+    `backends` run whole models, `layer_backends` layers; `error` says why all calls run stock,
+    where they do.
     """
 
     def __init__(
@@ -61,14 +64,14 @@ class State:
         fusion: str,
         name: str,
         strict: bool,
-        backend,
-        layer_backend,
+        backends,
+        layer_backends,
         error,
         packed: bool | None = None,
     ):
         self.family, self.fusion, self.name, self.strict = family, fusion, name, strict
         self.packed = packed
-        self.backend, self.layer_backend, self.error = backend, layer_backend, error
+        self.backends, self.layer_backends, self.error = backends, layer_backends, error
         self.stats = Stats()
         renew_in_child(self, "lock", threading.RLock)
 
@@ -78,8 +81,8 @@ class State:
             self.fusion,
             self.name,
             self.strict,
-            self.backend,
-            self.layer_backend,
+            self.backends,
+            self.layer_backends,
             self.error,
             self.packed,
         )
@@ -103,17 +106,28 @@ class Handle:
         """A pickled model comes back unpatched, with a sentence in place of the handle."""
         return str, (UNPICKLED,)
 
+    @staticmethod
+    def _backend(backends: Any, module: nn.Module) -> Any:
+        """The back end for where a module lies, before anything is bound."""
+        if streams.capturing():
+            raise FusionError(
+                Reason.CAPTURING, "the model is not bound, or has changed; expected a call before"
+            )
+        first = next(module.parameters(), None)
+        return backends.of(first.device if first is not None else torch.device("cpu"))
+
     def layer_binding(self, layer: nn.Module) -> LayerBinding:
         """The layer's binding, made again where needed; FusionError where it cannot be."""
         binding = self.binding
         if binding is not None and binding.intact():
             return binding
+        backend = self._backend(self.state.layer_backends, layer)
         with self.state.lock:
             if self.binding is not binding and self.binding is not None and self.binding.intact():
                 return self.binding  # another thread was faster
             self.binding = None
             state = self.state
-            binding = LayerBinding(state.family, layer, state.layer_backend, state.packed)
+            binding = LayerBinding(state.family, layer, backend, state.packed)
             self.binding = binding
         return binding
 
@@ -123,6 +137,7 @@ class Handle:
         if binding is not None and binding.intact():
             return binding
         state, lm = self.state, module if self.level == CAUSAL_LM else None
+        backend = self._backend(state.backends, module)
         with state.lock:
             if self.binding is not binding and self.binding is not None and self.binding.intact():
                 return self.binding
@@ -136,7 +151,7 @@ class Handle:
                         Reason.FORWARD_REPLACED, f"layer {index} is not patched with the model"
                     )
                 layers.append(handle.layer_binding(layer))
-            binding = ModelBinding(state.family, base, lm, layers, state.backend)
+            binding = ModelBinding(state.family, base, lm, layers, backend)
             self.binding = binding
         return binding
 
@@ -166,6 +181,7 @@ def _run_model(handle: Handle, module: nn.Module, call: dict[str, Any]) -> Any:
     if module.training:
         raise FusionError(Reason.TRAINING, "the model is in training mode")
     binding = handle.model_binding(module)
+    check_autocast(binding.device)
     if state.family.encoder is not None:
         return _run_encoder(state, binding, module, call)
     ids, embeds, cache, slots, mask, positions, keep, rows = read_model_call(
@@ -173,9 +189,10 @@ def _run_model(handle: Handle, module: nn.Module, call: dict[str, Any]) -> Any:
     )
     if cache is not None:
         batch, queries = (embeds if ids is None else ids).shape[:2]
+        layout = Layout(batch, binding.kv_heads, binding.head_dim, binding.dtype, binding.device)
         for slot in slots:
-            slot.reserve(batch, binding.kv_heads, binding.head_dim, queries, binding.dtype)
-    hidden, logits = state.backend.decode(
+            slot.reserve(layout, queries)
+    hidden, logits = binding.backend.decode(
         binding.native, ids, embeds, slots, mask, positions, binding.rope, keep
     )
     _count(state, "step" if rows <= STEP_ROWS else "prefill")
@@ -185,7 +202,7 @@ def _run_model(handle: Handle, module: nn.Module, call: dict[str, Any]) -> Any:
 def _run_encoder(state: State, binding: ModelBinding, module: nn.Module, call: dict) -> Any:
     encoder = state.family.encoder
     x, mask = read_encoder_call(binding, call, vars(module.config), encoder)
-    hidden = state.backend.encode(binding.native, x, mask)
+    hidden = binding.backend.encode(binding.native, x, mask)
     _count(state, "encode")
     return encoder.finish(module, hidden)
 
@@ -199,15 +216,17 @@ def _run_layer(handle: Handle, layer: nn.Module, call: dict[str, Any]) -> torch.
     if layer.training:
         raise FusionError(Reason.TRAINING, "the layer is in training mode")
     binding = handle.layer_binding(layer)
+    check_autocast(binding.device)
     if state.family.encoder is not None:
         x, slot, mask, rope = read_encoder_layer_call(binding, call)
     else:
         x, slot, mask, rope = read_layer_call(binding, call, state.family.cache_argument)
     if slot is not None:
         heads = binding.spec.attention
-        slot.reserve(x.shape[0], heads.kv_heads, heads.head_dim, x.shape[1], binding.dtype)
+        layout = (x.shape[0], heads.kv_heads, heads.head_dim, binding.dtype, binding.device)
+        slot.reserve(Layout(*layout), x.shape[1])
     stage = STAGES[state.fusion]
-    out = state.layer_backend.block(binding.block, stage, x, slot, mask, None, rope)
+    out = binding.backend.block(binding.block, stage, x, slot, mask, None, rope)
     if stage == "attention":
         out = finish_attention(binding.spec, binding.tensors, x, out)
     elif stage == "attention+up":

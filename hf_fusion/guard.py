@@ -74,6 +74,12 @@ def _explain_environment() -> None:
             )
 
 
+def check_autocast(device: torch.device) -> None:
+    """Raises FusionError where autocast is enabled for a `device` other than the CPU."""
+    if device.type != "cpu" and _autocast(device.type):
+        raise FusionError(Reason.AUTOCAST, f"autocast is enabled for {device.type}")
+
+
 def captured_outputs() -> dict:
     """What transformers is collecting right now, by name; empty where nothing."""
     return (_active_collector.get() if _active_collector is not None else None) or {}
@@ -107,10 +113,10 @@ def read_model_call(binding: ModelBinding, call: dict[str, Any], config: dict) -
     if (ids is None) == (embeds is None):
         raise FusionError(Reason.INPUT, "expected exactly one of input_ids and inputs_embeds")
     if embeds is None:
-        ids = check_ids(ids)
+        ids = check_ids(ids, binding.device)
         batch, queries = ids.shape
     else:
-        embeds = check_hidden("inputs_embeds", embeds, binding.hidden, binding.dtype)
+        embeds = check_hidden("inputs_embeds", embeds, binding)
         batch, queries = embeds.shape[:2]
     keep = get("logits_to_keep", 0)
     if type(keep) is not int or keep < 0:
@@ -125,16 +131,17 @@ def read_model_call(binding: ModelBinding, call: dict[str, Any], config: dict) -
         use_cache = get("use_cache")
         if use_cache if use_cache is not None else vars(binding.config).get("use_cache"):
             cache = DynamicCache(config=binding.config)
+    binding.backend.check_call(batch, queries, cache)
     if cache is None:
         slots, past = [None] * binding.count, 0
     else:
-        slots = upgrade(cache, 0, binding.count)
+        slots = upgrade(cache, 0, binding.count, not binding.backend.asynchronous)
         past = common_length(slots)
     if get("cache_position") is not None:
-        check_cache_position(call["cache_position"], past, queries)
+        check_cache_position(call["cache_position"], past, queries, binding)
     positions = get("position_ids")
     if positions is not None:
-        positions = check_positions(positions, batch, queries)
+        positions = check_positions(positions, batch, queries, binding.device)
     mask = get("attention_mask")
     if mask is not None:
         mask = check_model_mask(mask, batch, queries, past, binding, cache, slots)
@@ -183,13 +190,13 @@ def read_encoder_call(
         raise FusionError(Reason.RETURN_TUPLE, "a tuple is asked for in place of a model output")
     mask = call.get("attention_mask")
     if mask is not None:
-        check_dense("attention_mask", mask, 2)
+        check_dense("attention_mask", mask, 2, binding.device)
     if torch.is_grad_enabled():
         check_gradients([*binding.base.parameters(), *call.values()])
     if call.get(encoder.arguments[0]) is None and call.get("inputs_embeds") is None:
         raise FusionError(Reason.INPUT, f"{encoder.arguments[0]} is None")
     x = encoder.embed(binding.base, call)
-    x = check_hidden("the embeddings", x, binding.hidden, binding.dtype)
+    x = check_hidden("the embeddings", x, binding)
     if mask is not None:
         if tuple(mask.shape) != tuple(x.shape[:2]):
             raise FusionError(
@@ -249,19 +256,23 @@ def read_layer_call(binding: LayerBinding, call: dict[str, Any], cache_argument:
         raise FusionError(Reason.OUTPUTS, "attentions are asked for")
     _check_causal(get("is_causal"), True)
     _check_causal(vars(binding.config).get("is_causal"), True)
-    x = check_hidden("hidden_states", get("hidden_states"), binding.spec.hidden, binding.dtype)
+    x = check_hidden("hidden_states", get("hidden_states"), binding)
     mask, rope = get("attention_mask"), get("position_embeddings")
     batch, queries = x.shape[:2]
     check_rope(rope, batch, queries, binding)
     if torch.is_grad_enabled():
         check_gradients([x, mask, *rope, *binding.tensors])
-    slot = upgrade(cache, binding.cache_index, 1)[0] if cache is not None else None
-    past = slot.length if slot is not None else 0
+    binding.backend.check_call(batch, queries, cache)
+    slot, past = None, 0
+    if cache is not None:
+        counted = not binding.backend.asynchronous
+        slot = upgrade(cache, binding.cache_index, 1, counted)[0]
+        past = slot.length
     static = type(slot) is StaticSlot
     if get("cache_position") is not None:
-        check_cache_position(call["cache_position"], past, queries)
+        check_cache_position(call["cache_position"], past, queries, binding)
     if mask is not None:
-        check_mask(mask, batch, queries, past, binding.dtype, binding.implementation, static)
+        check_mask(mask, batch, queries, past, binding, static)
     elif (queries > 1 and (past or binding.implementation == "eager")) or (static and queries == 1):
         raise FusionError(
             Reason.MASK, "attention_mask is None where that does not mean a causal mask"
@@ -278,10 +289,10 @@ def read_encoder_layer_call(binding: LayerBinding, call: dict[str, Any]) -> Laye
         raise FusionError(Reason.OUTPUTS, "attentions are asked for")
     _check_causal(get("is_causal"), False)
     _check_causal(vars(binding.config).get("is_causal"), False)
-    x = check_hidden("hidden_states", get("hidden_states"), binding.spec.hidden, binding.dtype)
+    x = check_hidden("hidden_states", get("hidden_states"), binding)
     mask = get("attention_mask")
     if torch.is_grad_enabled():
         check_gradients([x, mask, *binding.tensors])
     if mask is not None:
-        check_encoder_mask(mask, *x.shape[:2], binding.dtype, binding.implementation)
+        check_encoder_mask(mask, *x.shape[:2], binding)
     return LayerCall(x, None, mask, None)

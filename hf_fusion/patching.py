@@ -8,13 +8,13 @@ from contextlib import contextmanager
 from types import MethodType
 from typing import Any
 
+import torch
 from torch import nn
 
 from . import patches as _patches  # noqa: F401  (the families register themselves)
-from .backends import check_fusion, resolve
+from .backends import Backends, check_fusion, resolve
 from .binding import LayerBinding
 from .forwards import BASE, CAUSAL_LM, KEY, LAYER, ROOT, UNPICKLED, Handle, State, forward_for
-from .reference import ReferenceBackend
 from .registry import Family, class_name, families, family_of
 from .report import FusionError, LayerReport, Reason, Report, Stats
 from .watch import is_ours
@@ -70,13 +70,13 @@ def patch(
             raise error
         unpatch(model)
         return Report(name, None, fusion, backend, reason=error.reason, detail=error.message)
-    layer_backend = ReferenceBackend() if fusion == "decomposed" else resolved.backend
+    layers = Backends("reference") if fusion == "decomposed" else resolved
     failure = None if fusion in ("none", "decomposed") else resolved.error
     if packed not in (None, True, False):
         raise FusionError(
             Reason.ARGUMENT, f"packed is {packed!r}, expected True, False or None"
         )
-    state = State(family, fusion, backend, strict, resolved.backend, layer_backend, failure, packed)
+    state = State(family, fusion, backend, strict, resolved, layers, failure, packed)
     report = _examine(model, state)
     if strict:
         _insist(report)
@@ -173,7 +173,7 @@ def _install_one(module: nn.Module, state: State, level: str) -> None:
 
 def _examine(model: nn.Module, state: State) -> Report:
     """The report of a model as it is now; binds nothing for good."""
-    family, backend = state.family, state.layer_backend
+    family = state.family
     report = Report(type(model).__name__, family.name, state.fusion, state.name)
     if state.error is not None:
         report.reason, report.detail = state.error.reason, state.error.message
@@ -186,7 +186,9 @@ def _examine(model: nn.Module, state: State) -> Report:
             (name, m) for name, m in base.named_modules() if class_name(m) == family.layer_class
         ]
         for name, layer in layers:
-            error = state.error or _layer_error(family, layer, backend)
+            backend, error = _layer_backend(state, layer)
+            if backend is None and error is not None and report.reason is None:
+                report.reason, report.detail = error.reason, error.message
             if error is None and backend is not None and state.fusion != "none":
                 dtype = family.tensors(layer).qkv_weight.dtype
                 report.packed_bytes += backend.packed_bytes(
@@ -206,17 +208,27 @@ def _examine(model: nn.Module, state: State) -> Report:
     return report
 
 
-def _layer_error(family: Family, layer: nn.Module, backend: Any) -> FusionError | None:
-    if backend is None:
-        return None
+def _layer_backend(state: State, layer: nn.Module) -> tuple[Any, FusionError | None]:
+    """(back end or None, why it does not run this layer as it is now or None)."""
+    if state.error is not None:
+        return None, state.error
+    first = next(layer.parameters(), None)
+    device = first.device if first is not None else torch.device("cpu")
+    try:
+        backend = state.layer_backends.of(device)
+    except FusionError as error:
+        return None, error if state.fusion != "none" else None  # wrappers need no back end
     override = vars(layer).get("forward")
     if override is not None and "_old_forward" not in vars(layer) and not is_ours(override):
-        return FusionError(Reason.FORWARD_REPLACED, "forward has been replaced on the instance")
+        error = FusionError(
+            Reason.FORWARD_REPLACED, "forward has been replaced on the instance"
+        )
+        return backend, error
     try:
-        LayerBinding(family, layer, backend)
+        LayerBinding(state.family, layer, backend)
     except FusionError as error:
-        return error
-    return None
+        return backend, error
+    return backend, None
 
 
 def _insist(report: Report) -> None:

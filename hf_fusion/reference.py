@@ -91,13 +91,18 @@ def project_qkv(
 
 
 def scores_mask(
-    mask: torch.Tensor | None, queries: int, keys: int, dtype: torch.dtype, causal: bool = True
+    mask: torch.Tensor | None,
+    queries: int,
+    keys: int,
+    dtype: torch.dtype,
+    causal: bool,
+    device: torch.device,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """(allowed, bias): bool (B|1, 1, queries, keys), and what to add to the scores; or None."""
     past, bias = keys - queries, None
     allowed = None
     if causal and queries > 1:
-        allowed = torch.ones(queries, keys, dtype=torch.bool).tril(past)[None, None]
+        allowed = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(past)[None, None]
     if mask is not None and mask.dim() == 2:
         seen = (mask[:, :keys] != 0)[:, None, None, :]
         allowed = seen if allowed is None else allowed & seen
@@ -115,7 +120,8 @@ def attend(
     groups = spec.attention.heads // spec.attention.kv_heads
     if groups > 1:
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-    allowed, bias = scores_mask(mask, q.shape[2], k.shape[2], q.dtype, spec.attention.causal)
+    causal = spec.attention.causal
+    allowed, bias = scores_mask(mask, q.shape[2], k.shape[2], q.dtype, causal, q.device)
     scores = torch.matmul(q, k.transpose(2, 3)) * spec.attention.scale
     if bias is not None:
         scores = scores + bias
@@ -133,6 +139,13 @@ class ReferenceBackend:
 
     name = "reference"
     isa = "torch"
+    asynchronous = False
+
+    def check_device(self, device: torch.device) -> None:
+        """Weights may be wherever torch computes."""
+
+    def check_call(self, batch: int, queries: int, cache: Any) -> None:
+        """Any number of rows runs, with a cache or without."""
 
     def packed_bytes(self, spec: BlockSpec, dtype: torch.dtype, packed: bool | None) -> int:
         """Bytes of the copies that `bind_block` would make: none."""
@@ -164,7 +177,7 @@ class ReferenceBackend:
         (B|1, q, rotary_dim), or None without RoPE.
         """
         past = slot.length if slot is not None else 0
-        cos_sin = _rope(rope, positions, past, x.shape[1]) if rope is not None else None
+        cos_sin = _rope(rope, positions, past, x) if rope is not None else None
         out = self._stage(block, stage, x, slot, mask, cos_sin)
         if slot is not None:
             slot.advance(x.shape[1])
@@ -180,7 +193,7 @@ class ReferenceBackend:
         """
         x = embeds if ids is None else _embed(model.embedding, ids)
         past = slots[0].length if slots and slots[0] is not None else 0
-        cos_sin = _rope(rope, positions, past, x.shape[1])
+        cos_sin = _rope(rope, positions, past, x)
         queries = x.shape[1]
         for block, slot in zip(model.blocks, slots, strict=True):
             x = self._stage(block, "full", x, slot, mask, cos_sin)
@@ -278,9 +291,9 @@ def _store(slot: Any, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, t
     return keys[:, :, :end], values[:, :, :end]
 
 
-def _rope(rope: Any, positions: torch.Tensor | None, past: int, queries: int) -> tuple:
+def _rope(rope: Any, positions: torch.Tensor | None, past: int, x: torch.Tensor) -> tuple:
     if isinstance(rope, tuple):
         return rope
     if positions is None:
-        positions = torch.arange(past, past + queries)[None]
+        positions = torch.arange(past, past + x.shape[1], device=x.device)[None]
     return rope.cos_sin(positions)

@@ -51,6 +51,8 @@ class Reason(Enum):
     CACHE_TYPE = "unsupported cache"
     CACHE_STATE = "cache does not fit the input"
     CACHE_FULL = "cache full"
+    ROWS = "more rows than the device's kernels take"
+    CAPTURING = "not ready for a graph capture"
     # reported by a back end
     LIBRARY = "native library not available"
     ISA = "instruction set not available"

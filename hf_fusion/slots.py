@@ -1,7 +1,7 @@
 """The layers of a transformers cache as slots, which back ends read and append to.
 
-A slot has `buffers`, `length`, `length_address`, `reserve` and `advance` as cache.py describes
-them. A GrowableLayer is its own slot; a StaticLayer gets one around it.
+A slot has `buffers`, `length`, `length_address`, `count_address`, `reserve`, `advance` and `ran` as
+cache.py describes them. A GrowableLayer is its own slot; a StaticLayer gets one around it.
 """
 
 from __future__ import annotations
@@ -11,29 +11,35 @@ from typing import Any
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer, StaticCache, StaticLayer
 
-from .cache import GrowableLayer
+from .cache import GrowableLayer, Layout
 from .report import FusionError, Reason
 
 
 class StaticSlot:
-    """One StaticLayer as a slot for one call; buffers and length are the layer's own."""
+    """One StaticLayer as a slot for one call; buffers and length are the layer's own.
 
-    def __init__(self, layer: StaticLayer):
-        self.layer = layer
+    With `counted` False its length is None: work queued on a device moves it there, and a host's
+    copy would not see the steps of a replayed graph. A step past the end of the cache gives NaN.
+    """
+
+    def __init__(self, layer: StaticLayer, counted: bool = True):
+        self.layer, self.counted = layer, counted
         self.buffers: tuple[torch.Tensor, torch.Tensor] | None = None
         self.length_address = 0
 
     @property
-    def length(self) -> int:
+    def length(self) -> int | None:
         """Tokens present."""
+        if not self.counted:
+            return None
         return int(self.layer.cumulative_length) if self.layer.is_initialized else 0
 
-    def reserve(
-        self, batch: int, heads: int, head_dim: int, tokens: int, dtype: torch.dtype
-    ) -> None:
-        """Checks that `tokens` more of this shape and dtype fit; FusionError where not."""
-        layer = self.layer
-        if self.length + tokens > layer.max_cache_len:
+    def reserve(self, layout: Layout, tokens: int) -> None:
+        """Checks that the layer is of this layout and, as far as its length is known, that `tokens`
+        more fit; FusionError where not.
+        """
+        layer, (batch, heads, head_dim, dtype, device) = self.layer, layout
+        if self.counted and self.length + tokens > layer.max_cache_len:
             raise FusionError(
                 Reason.CACHE_FULL,
                 f"a static cache of {layer.max_cache_len} tokens holds {self.length}, {tokens} "
@@ -41,7 +47,7 @@ class StaticSlot:
             )
         if not layer.is_initialized:
             with torch.inference_mode(False):
-                empty = torch.empty((batch, heads, 0, head_dim), dtype=dtype)
+                empty = torch.empty((batch, heads, 0, head_dim), dtype=dtype, device=device)
                 layer.lazy_initialization(empty, empty)
         expected = (batch, heads, layer.max_cache_len, head_dim)
         for name in ("keys", "values"):
@@ -51,20 +57,33 @@ class StaticSlot:
                 raise FusionError(
                     Reason.CACHE_STATE, f"static {name} have shape {shape}, expected {expected}"
                 )
-            if tensor.dtype != dtype or tensor.device.type != "cpu" or not tensor.is_contiguous():
+            if tensor.dtype != dtype or tensor.device != device or not tensor.is_contiguous():
                 raise FusionError(
                     Reason.CACHE_STATE,
                     f"static {name} are {tensor.dtype} on {tensor.device}, expected contiguous "
-                    f"{dtype} on cpu",
+                    f"{dtype} on {device}",
                 )
             if tensor.is_inference() and not torch.is_inference_mode_enabled():
                 raise FusionError(Reason.CACHE_STATE, f"static {name} were made in inference mode")
+        if layer.cumulative_length.device != device:
+            raise FusionError(
+                Reason.CACHE_STATE,
+                f"a static cache counts its tokens on {layer.cumulative_length.device}, expected "
+                f"{device}",
+            )
         self.buffers = (layer.keys, layer.values)
         self.length_address = layer.cumulative_length.data_ptr()
 
     def advance(self, tokens: int) -> None:
         """Counts `tokens` that a torch back end has written behind the live ones."""
         self.layer.cumulative_length.add_(tokens)
+
+    def count_address(self) -> int:
+        """Address of the layer's own count."""
+        return self.length_address
+
+    def ran(self, tokens: int) -> None:
+        """The count that kernels move is the layer's own."""
 
 
 _STATE = {"keys", "values", "is_initialized", "dtype", "device"}
@@ -94,13 +113,9 @@ def _check_layer(layer: Any) -> None:
         )
     if kind is StaticLayer:
         length = getattr(layer, "cumulative_length", None)
-        if (
-            type(length) is not torch.Tensor
-            or length.dtype != torch.int64
-            or length.device.type != "cpu"
-        ):
+        if type(length) is not torch.Tensor or length.dtype != torch.int64:
             raise FusionError(
-                Reason.CACHE_TYPE, "a static cache layer counts no tokens in an int64 on the CPU"
+                Reason.CACHE_TYPE, "a static cache layer counts no tokens in an int64"
             )
     if kind is DynamicLayer and not vars(layer).keys() <= _STATE:
         odd = ", ".join(sorted(vars(layer).keys() - _STATE))
@@ -119,11 +134,12 @@ def _fill(cache: Any, count: int) -> None:
     cache.layers.extend(GrowableLayer() for _ in range(count - len(cache.layers)))
 
 
-def upgrade(cache: Any, first: int, count: int) -> list[Any]:
+def upgrade(cache: Any, first: int, count: int, counted: bool = True) -> list[Any]:
     """Slots of the layers first .. first + count - 1 of `cache`.
 
-    DynamicLayers are replaced by GrowableLayers in place, StaticLayers are used as they are.
-    Raises FusionError for any other cache, before anything is replaced.
+    DynamicLayers are replaced by GrowableLayers in place, StaticLayers are used as they are;
+    `counted`: whether the host knows their length. Raises FusionError for any other cache, before
+    anything is replaced.
     """
     _check_cache(cache)
     end = first + count
@@ -138,12 +154,12 @@ def upgrade(cache: Any, first: int, count: int) -> list[Any]:
     for index, layer in enumerate(layers, first):
         if type(layer) is DynamicLayer:
             cache.layers[index] = layer = GrowableLayer.adopt(layer)
-        slots.append(layer if type(layer) is GrowableLayer else StaticSlot(layer))
+        slots.append(layer if type(layer) is GrowableLayer else StaticSlot(layer, counted))
     return slots
 
 
-def common_length(slots: list[Any]) -> int:
-    """Tokens in every slot; FusionError where the slots disagree."""
+def common_length(slots: list[Any]) -> int | None:
+    """Tokens in every slot, None where the host does not know; FusionError where they disagree."""
     lengths = [slot.length for slot in slots]
     if lengths.count(lengths[0]) != len(lengths):
         raise FusionError(

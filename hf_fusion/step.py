@@ -6,34 +6,18 @@ from embedding to logits. Weights are read in place. Cache lengths move last, al
 
 from __future__ import annotations
 
-import ctypes
-import threading
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from . import native
+from .frame import Frame
 from .packing import packed_size
-from .rope import RopeRows, RopeTable, rope_of_call
+from .report import FusionError, Reason
+from .rope import rope_of_call
 from .spec import BlockSpec, BlockTensors, tensor_shapes
-from .structs import DTYPES, NativeBlock, NativeModel, buffer, caches_of, set_mask
-
-__all__ = ["CpuBackend", "RopeTable"]
-
-
-class _Frame(threading.local):
-    """The call structs of one thread, reused from call to call."""
-
-    def __init__(self):
-        self.call, self.io = native.sized(native.Call), native.sized(native.ModelIo)
-        self.block_io, self.attention_io = native.sized(native.BlockIo), native.sized(native.AttentionIo)
-        self.positions, self.mask, self.starts = self.call.positions, self.call.mask, self.call.starts
-        self.cos, self.sin = self.call.cos, self.call.sin
-        self.ids, self.x = self.io.ids, self.io.x
-        self.logits, self.hidden = self.io.logits, self.io.hidden
-        self.call_ref, self.io_ref = ctypes.byref(self.call), ctypes.byref(self.io)
-        self.rows: Any = None  # the RopeRows whose addresses are set
+from .structs import DTYPES, NativeBlock, NativeModel, caches_of, set_mask
 
 
 def _packs(spec: BlockSpec, packed: bool | None) -> bool:
@@ -44,16 +28,25 @@ class CpuBackend:
     """The calls of a back end through the native library; arguments as in reference.ReferenceBackend."""
 
     name = "cpu"
+    asynchronous = False
 
     def __init__(self):
         self._library = native.load()
         self.threads_of = native.use_openmp(Path(torch.__file__).parent / "lib")
-        self._frame = _Frame()
+        self._frame = Frame()
 
     @property
     def isa(self) -> str:
         """Name of the instruction set in use."""
         return native.isa()
+
+    def check_device(self, device: torch.device) -> None:
+        """Raises FusionError unless weights on `device` can be read."""
+        if device.type != "cpu":
+            raise FusionError(Reason.DEVICE, f"the weights are on {device}, expected cpu")
+
+    def check_call(self, batch: int, queries: int, cache: Any) -> None:
+        """Any number of rows runs, with a cache or without."""
 
     def bind_block(self, spec: BlockSpec, tensors: BlockTensors, packed: bool | None = False) -> NativeBlock:
         """Structs over the tensors; FusionError where dtype, shape or strides do not fit.
@@ -61,6 +54,7 @@ class CpuBackend:
         `packed`: whether matrix kernels read packed copies of the weights. None: for an encoder on AMX, whose products
         are faster than packing as they go; elsewhere that costs 8 % (BENCHMARKS.md).
         """
+        self.check_device(tensors.qkv_weight.device)
         return NativeBlock(spec, tensors, _packs(spec, packed))
 
     def packed_bytes(self, spec: BlockSpec, dtype: torch.dtype, packed: bool | None) -> int:
@@ -73,7 +67,9 @@ class CpuBackend:
 
     def bind_model(self, blocks, embedding_weight, final_norm, head_weight=None, head_bias=None) -> NativeModel:
         """Structs over a whole model; `final_norm` is (NormSpec, weight, bias)."""
-        return NativeModel(blocks, embedding_weight, final_norm, head_weight, head_bias)
+        model = NativeModel(blocks, embedding_weight, final_norm, head_weight, head_bias)
+        model.back_by_huge_pages()
+        return model
 
     def _set_call(self, block: NativeBlock, batch, queries, past, mask, positions, rope, starts=None):
         """Fills the thread's hff_call; returns what must stay alive until the native call returns."""
@@ -88,21 +84,9 @@ class CpuBackend:
         if rope is None:
             return None, None, (mask, starts)
         table, positions = rope_of_call(rope, batch, queries, past, positions)
-        self._set_rows(table.current)
-        (batch_stride, query_stride), rows = positions.stride(), positions.shape[0]
-        call.position_batch_stride = batch_stride if rows > 1 else 0
-        call.position_query_stride = query_stride
-        frame.positions.data = positions.data_ptr()
-        frame.positions.bytes = 8 * ((rows - 1) * batch_stride + (queries - 1) * query_stride + 1)
+        frame.set_rows(table.current)
+        frame.set_positions(positions)
         return table, positions, mask
-
-    def _set_rows(self, rows: RopeRows) -> None:
-        frame = self._frame
-        if frame.rows is rows:
-            return
-        frame.rows, frame.call.rope_rows = rows, rows.cos.shape[0]
-        frame.cos.data, frame.cos.bytes = rows.cos.data_ptr(), rows.cos.nbytes
-        frame.sin.data, frame.sin.bytes = rows.sin.data_ptr(), rows.sin.nbytes
 
     def _run(self, function, alive, *arguments) -> None:
         """One native call; a position past the RoPE table grows the table and calls again."""
@@ -110,7 +94,7 @@ class CpuBackend:
         if status == native.OUT_OF_RANGE:
             table, positions, _ = alive
             if table is not None and table.cover(positions):
-                self._set_rows(table.current)
+                self._frame.set_rows(table.current)
                 status = function(*arguments)
         if status != native.OK:
             native.check(status)
@@ -122,25 +106,18 @@ class CpuBackend:
         past = slots[0].length if slots[0] is not None else 0
         caches = caches_of(slots, batch, queries, model.blocks)
         alive = self._set_call(model.blocks[0], batch, queries, past, mask, positions, rope)
-        io, dtype = frame.io, model.dtype
         if ids is not None:
-            (io.id_batch_stride, io.id_query_stride) = strides = ids.stride()
-            frame.ids.data = ids.data_ptr()
-            frame.ids.bytes = 8 * ((batch - 1) * strides[0] + (queries - 1) * strides[1] + 1)
+            frame.set_ids(ids)
         else:
             embeds = embeds.contiguous()
-            frame.ids.data = None
-            frame.x.data, frame.x.bytes = embeds.data_ptr(), embeds.numel() * embeds.element_size()
+            frame.set_x(embeds)
         hidden = logits = None
         if model.head_weight is not None:
-            io.keep = keep = min(keep, queries) or queries
-            logits = torch.empty((batch, keep, model.head_rows), dtype=dtype)
-            frame.logits.data, frame.logits.bytes = logits.data_ptr(), logits.nbytes
-            frame.hidden.data = None
+            frame.io.keep = keep = min(keep, queries) or queries
+            logits = torch.empty((batch, keep, model.head_rows), dtype=model.dtype)
         else:
-            hidden = torch.empty((batch, queries, model.struct.hidden), dtype=dtype)
-            frame.hidden.data, frame.hidden.bytes = hidden.data_ptr(), hidden.nbytes
-            frame.logits.data = None
+            hidden = torch.empty((batch, queries, model.struct.hidden), dtype=model.dtype)
+        frame.set_model_out(logits, hidden)
         self._run(
             self._library.hff_model_forward, alive, frame.call_ref, model.reference, caches, frame.io_ref
         )
@@ -173,9 +150,8 @@ class CpuBackend:
         frame = self._frame
         alive = self._set_call(model.blocks[0], batch, queries, 0, mask, None, None, starts)
         out = torch.empty_like(x)
-        frame.ids.data = frame.logits.data = None
-        frame.x.data, frame.x.bytes = x.data_ptr(), x.nbytes
-        frame.hidden.data, frame.hidden.bytes = out.data_ptr(), out.nbytes
+        frame.set_x(x)
+        frame.set_model_out(None, out)
         self._run(
             self._library.hff_model_forward, alive, frame.call_ref, model.reference, None, frame.io_ref
         )
@@ -187,20 +163,11 @@ class CpuBackend:
         past = slot.length if slot is not None else 0
         caches = caches_of([slot], batch, queries, [block]) if block.spec.attention.causal else None
         alive = self._set_call(block, batch, queries, past, mask, positions, rope)
-        x = x.contiguous()
-        io = self._frame.block_io
-        io.stage, io.x = native.STAGES[stage], buffer(x)
-        out = torch.empty((batch, queries, hidden), dtype=block.dtype)
-        result: Any = out
-        if stage == "full":
-            io.out = buffer(out)
-        else:
-            io.attention_out = buffer(out)
+        x, frame = x.contiguous(), self._frame
+        out, up = torch.empty((batch, queries, hidden), dtype=block.dtype), None
         if stage == "attention+up":
             up = torch.empty((batch, queries, block.spec.mlp.width), dtype=block.dtype)
-            io.up_out, result = buffer(up), (out, up)
-        call, io_ref = self._frame.call_ref, ctypes.byref(io)
-        self._run(
-            self._library.hff_block_forward, alive, call, ctypes.byref(block.struct), caches, io_ref
-        )
-        return result
+        frame.set_block_out(stage, x, out, up)
+        references = (block.reference, caches, frame.block_io_ref)
+        self._run(self._library.hff_block_forward, alive, frame.call_ref, *references)
+        return out if up is None else (out, up)

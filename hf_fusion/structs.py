@@ -39,7 +39,8 @@ def _norm(spec: NormSpec, weight: torch.Tensor, bias: torch.Tensor | None) -> na
     return native.Norm(buffer(weight), buffer(bias), spec.eps, native.NORMS[spec.kind])
 
 
-def _check_tensors(names: tuple[str, ...], tensors: tuple, shapes: tuple, dtype: torch.dtype) -> None:
+def _check_tensors(names: tuple[str, ...], tensors: tuple, shapes: tuple, like: torch.Tensor) -> None:
+    dtype, device = like.dtype, like.device
     for name, tensor, shape in zip(names, tensors, shapes, strict=True):
         if tensor is None:
             continue
@@ -47,8 +48,8 @@ def _check_tensors(names: tuple[str, ...], tensors: tuple, shapes: tuple, dtype:
             raise FusionError(Reason.SHAPE, f"{name} has shape {tuple(tensor.shape)}, expected {shape}")
         if tensor.dtype != dtype:
             raise FusionError(Reason.MIXED_DTYPE, f"{name} is {tensor.dtype}, expected {dtype}")
-        if tensor.device.type != "cpu":
-            raise FusionError(Reason.DEVICE, f"{name} is on {tensor.device}, expected cpu")
+        if tensor.device != device:
+            raise FusionError(Reason.DEVICE, f"{name} is on {tensor.device}, expected {device}")
 
 
 class NativeBlock:
@@ -59,10 +60,10 @@ class NativeBlock:
 
     def __init__(self, spec: BlockSpec, tensors: BlockTensors, packed: bool = False):
         self.spec, self.tensors = spec, tensors
-        self.dtype = tensors.qkv_weight.dtype
+        self.dtype, self.device = tensors.qkv_weight.dtype, tensors.qkv_weight.device
         if self.dtype not in DTYPES:
             raise FusionError(Reason.DTYPE, f"weights are {self.dtype}, expected float32, bfloat16 or float16")
-        _check_tensors(BlockTensors._fields, tensors, tensor_shapes(spec), self.dtype)
+        _check_tensors(BlockTensors._fields, tensors, tensor_shapes(spec), tensors.qkv_weight)
         heads = spec.attention
         if heads.head_dim > native.MAX_HEAD_DIM:
             raise FusionError(
@@ -91,6 +92,7 @@ class NativeBlock:
             _linear(tensors.up_weight, tensors.up_bias),
             _linear(tensors.down_weight, tensors.down_bias),
         )
+        self.reference = ctypes.byref(self.struct)
         self.packing = self._pack() if packed else None
         self.packed_bytes = self.packing.bytes if packed else 0
 
@@ -115,7 +117,7 @@ class NativeModel:
 
     def __init__(self, blocks, embedding_weight, final_norm, head_weight, head_bias):
         spec, weight, bias = final_norm or (None, None, None)
-        self.blocks, self.dtype = blocks, blocks[0].dtype
+        self.blocks, self.dtype, self.device = blocks, blocks[0].dtype, blocks[0].device
         self.embedding, self.final_norm = embedding_weight, final_norm
         self.head_weight, self.head_bias = head_weight, head_bias
         hidden = blocks[0].spec.hidden
@@ -124,7 +126,7 @@ class NativeModel:
         rows = head_weight.shape[0] if head_weight is not None else 0
         shapes = ((vocab, hidden), (hidden,), (hidden,), (rows, hidden), (rows,))
         names = ("embedding", "final norm weight", "final norm bias", "head weight", "head bias")
-        _check_tensors(names, outer, shapes, self.dtype)
+        _check_tensors(names, outer, shapes, blocks[0].tensors.qkv_weight)
         for block in blocks:
             if block.spec.hidden != hidden or block.dtype != self.dtype:
                 raise FusionError(
@@ -141,7 +143,10 @@ class NativeModel:
         if head_weight is not None:
             self.struct.head = _linear(head_weight, head_bias)
         self.head_rows, self.reference = rows, ctypes.byref(self.struct)
-        self.huge_bytes = _back_by_huge_pages([t for b in blocks for t in b.tensors] + [head_weight])
+
+    def back_by_huge_pages(self) -> int:
+        """Asks for huge pages under weights that lie in the host's memory; the bytes now so backed."""
+        return _back_by_huge_pages([t for b in self.blocks for t in b.tensors] + [self.head_weight])
 
 
 def _back_by_huge_pages(tensors: list[torch.Tensor | None]) -> int:
@@ -158,21 +163,30 @@ def _back_by_huge_pages(tensors: list[torch.Tensor | None]) -> int:
 
 def caches_of(slots: list, batch: int, queries: int, blocks: list[NativeBlock]) -> Any:
     """The hff_cache array of `slots`, kept on the first of them for as long as its buffers are the same."""
-    first = slots[0]
-    if first is None:
+    if slots[0] is None:
         return _temporary_caches(batch, queries, blocks)
+    return _kept_caches(slots, [slot.length_address for slot in slots])
+
+
+def device_caches_of(slots: list) -> Any:
+    """The same with the lengths that lie on the device beside the buffers."""
+    return _kept_caches(slots, [slot.count_address() for slot in slots])
+
+
+def _kept_caches(slots: list, lengths: list[int]) -> Any:
+    first = slots[0]
     buffers = [slot.buffers for slot in slots]
     known = getattr(first, "native_caches", None)
-    if known is not None and len(known[0]) == len(buffers) and all(map(is_, known[0], buffers)):
-        return known[1]
+    if known is not None and known[1] == lengths and all(map(is_, known[0], buffers)):
+        return known[2]
     array = (native.Cache * len(slots))()
-    for struct, slot, (keys, values) in zip(array, slots, buffers, strict=True):
+    for struct, length, (keys, values) in zip(array, lengths, buffers, strict=True):
         if keys.stride() != values.stride() or keys.stride(3) != 1:
             raise FusionError(
                 Reason.CACHE_STATE, f"cache strides are {keys.stride()} and {values.stride()}, expected equal ones"
             )
-        _set_cache(struct, keys, values, slot.length_address)
-    first.native_caches = (buffers, array)
+        _set_cache(struct, keys, values, length)
+    first.native_caches = (buffers, lengths, array)
     return array
 
 

@@ -308,7 +308,9 @@ def test_command_info(capsys):
     assert "gpt_neox" in capsys.readouterr().out
     assert cli.main(["info", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["backends"]["reference"] is None and found["backends"]["cuda"]
+    assert found["backends"]["reference"] is None
+    assert (found["backends"]["cuda"] is None) == (found["device"]["name"] is not None)
+    assert found["device"]["name"] or found["device"]["reason"]
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from transformers import (
 from twins import ENCODERS, FAMILIES, build
 
 import hf_fusion
-from hf_fusion import FusionError
+from hf_fusion import FusionError, native
 from hf_fusion.backends import BACKENDS, FUSIONS
 from hf_fusion.report import Reason
 
@@ -317,8 +317,17 @@ def test_supported_names_every_family_fusion_and_back_end():
     }
     for row in rows:
         assert row["status"] == "yes" or row["status"].startswith("no: "), row
-        if row["backend"] == "cuda":
-            assert row["status"].startswith("no: ")
+    cuda = {row["status"] for row in rows if row["backend"] == "cuda"}
+    if cuda == {"yes"}:
+        assert native.describe_device("cuda").arch >= 800
+        return
+    model, _ = pair(0, None)
+    with pytest.raises(FusionError) as caught:
+        hf_fusion.patch(model, backend="cuda")
+    assert caught.value.reason is Reason.BACKEND_ABSENT and cuda == {f"no: {caught.value.message}"}
+    with pytest.raises(FusionError) as asked:
+        native.describe_device("cuda")
+    assert asked.value.message == caught.value.message, "not the library's own sentence"
 
 
 def test_a_cache_outlives_the_patch(trials):
@@ -347,7 +356,6 @@ def test_a_wrong_option_is_named_and_changes_nothing():
         ({"fusion": None}, "None"),
         ({"fusion": 3}, "3"),
         ({"backend": "tpu"}, "tpu"),
-        ({"backend": "cuda"}, "cuda"),
         ({"backend": ""}, "''"),
     ):
         for call in (hf_fusion.patch, lambda m, **o: hf_fusion.patched(m, **o).__enter__()):

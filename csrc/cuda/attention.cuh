@@ -1,18 +1,17 @@
 // One query of one head against a part of its keys: split-KV flash decoding.
 //
 //   s_j = scale * (RoPE(q) . k_j) + mask_j;  m = max s_j;  l = sum exp(s_j - m)
-//   o = sum exp(s_j - m) v_j;  parts merge as M = max m, O = sum exp(m - M) o, L = sum exp(m - M) l;
-//   context = T(O / L)
+//   o = sum exp(s_j - m) v_j;  parts merge as M = max m, O = sum exp(m - M) o, L = sum exp(m - M)
+//   l; context = T(O / L)
 //
-// RoPE in fp32 from cos and sin of the model's dtype, q and k rounded to T once; scores, weights and
-// sums fp32, exp by exp2 of scores times log2(e). Keys and values (head_dim contiguous) come by 16
-// bytes a lane: a vector of 8 dims is one lane's for the whole call, so its part of q and of o stay
-// in registers; 32 / (head_dim / 8) keys a step, up to kSteps a tile, whose loads are all in flight
-// at once. A warp takes every n-th tile; warps merge in order in shared memory, splits in order by
-// whoever comes last (token kernel) or by every CTA of a cluster.
-// The query's own key and value are appended first, by the split that ends with them.
-// A head without a visible key has context 0. With more query heads than key heads, each query head
-// reads the keys again, from L2.
+// RoPE in fp32 from cos and sin of the model's dtype, q and k rounded to T once; scores, weights
+// and sums fp32, exp by exp2 of scores times log2(e). Keys and values (head_dim contiguous) come by
+// 16 bytes a lane: a vector of 8 dims is one lane's for the whole call, so its part of q and of o
+// stay in registers; 32 / (head_dim / 8) keys a step, up to kSteps a tile, whose loads are all in
+// flight at once. A warp takes every n-th tile; warps merge in order in shared memory, splits in
+// order by whoever comes last (token kernel) or by every CTA of a cluster. The query's own key and
+// value are appended first, by the split that ends with them. A head without a visible key has
+// context 0. With more query heads than key heads, each query head reads the keys again, from L2.
 #pragma once
 
 #include <type_traits>
@@ -23,8 +22,10 @@ namespace hff {
 namespace cuda {
 
 constexpr float kLog2E = 1.44269504088896341f;
-constexpr int kSteps = 6;  // 48 registers of keys and values in flight; 8 steps spill in the token kernel
-constexpr int kWarpScratch = 32 + 32 * 9;  // weights of a tile; partial dots, padded (most: head_dim 64)
+constexpr int kSteps =
+    6;  // 48 registers of keys and values in flight; 8 steps spill in the token kernel
+constexpr int kWarpScratch =
+    32 + 32 * 9;  // weights of a tile; partial dots, padded (most: head_dim 64)
 
 // Eight values of T, as they lie in memory.
 template <class T>
@@ -36,10 +37,10 @@ struct alignas(16) Eight {
 
 // What attention does not get from its operands.
 struct Keys {
-  int64_t length;   // keys there, the query's own not counted
-  bool full;        // the cache has no room for it
+  int64_t length;  // keys there, the query's own not counted
+  bool full;       // the cache has no room for it
   int64_t position;
-  bool in_table;    // RoPE has a row for the position
+  bool in_table;  // RoPE has a row for the position
 };
 
 HFF_DEVICE Keys keys_of(const Cache& cache, const Rope& rope, int b) {
@@ -96,9 +97,9 @@ HFF_HOST_DEVICE HeadRows rows_of_head(const Shape& s, int head) {
           (s.heads + s.kv_heads + kv_head) * s.head_dim};
 }
 
-// q[d] = RoPE of the query; with `append`, RoPE of the key and the value go into the cache behind its
-// `length` tokens. q_at, k_at, v_at: float (d), values of T. Several query heads of a group append
-// the same bits. Ends with a barrier.
+// q[d] = RoPE of the query; with `append`, RoPE of the key and the value go into the cache behind
+// its `length` tokens. q_at, k_at, v_at: float (d), values of T. Several query heads of a group
+// append the same bits. Ends with a barrier.
 template <class T, class Q, class K, class V>
 HFF_DEVICE void rope_append(const Group& group, const Shape& shape, const Rope& rope,
                             const Cache& cache, const Keys& keys, int b, int kv_head, bool append,

@@ -18,6 +18,7 @@ def collect() -> dict[str, Any]:
     return {
         "version": record["versions"]["hf-fusion"],
         "library": _library(),
+        "device": _device(),
         "threads": torch.get_num_threads(),
         "cpu": record["cpu"],
         "cores": record["cores"],
@@ -39,6 +40,7 @@ def text(found: dict[str, Any]) -> str:
         + (f", commit {found['commit']}" if found["commit"] else ""),
         f"library   {library['path'] or 'absent: ' + str(library['reason'])}",
         f"kernels   {library['isa'] or 'none'}",
+        f"device    {_device_text(found['device'])}",
         f"CPU       {found['cpu']}, {found['cores']} cores; torch uses {found['torch_isa']}",
         f"threads   {found['threads']} (torch.get_num_threads)",
         "",
@@ -70,6 +72,31 @@ def _library() -> dict[str, Any]:
         }
     except (ImportError, OSError, hf_fusion.FusionError) as error:
         return {"path": None, "isa": None, "isas": [], "reason": str(error)}
+
+
+def _device() -> dict[str, Any]:
+    """The first CUDA device as the library sees it, or the reason why it sees none."""
+    try:
+        from hf_fusion import native
+
+        device = native.describe_device("cuda")
+    except (ImportError, OSError, hf_fusion.FusionError) as error:
+        return {"name": None, "reason": getattr(error, "message", str(error))}
+    return {
+        "name": device.name.decode(),
+        "arch": f"sm_{device.arch // 10}",
+        "sms": device.sms,
+        "shared_bytes": device.shared_bytes,
+        "emulated": bool(device.host_memory),
+        "reason": None,
+    }
+
+
+def _device_text(device: dict[str, Any]) -> str:
+    if device["name"] is None:
+        return f"none: {device['reason']}"
+    where = ", emulated" if device["emulated"] else ""
+    return f"{device['name']}, {device['arch']}, {device['sms']} SMs{where}"
 
 
 def _backends(rows: list[dict[str, str]]) -> dict[str, str | None]:
