@@ -284,7 +284,7 @@ std::vector<Refusal> refusals() {
            },
            true},
           {"no room", HFF_UNSUPPORTED, "has no room for hidden 32 and mlp_width 64 at batch 1",
-           [](Design&) { device().shared_bytes = 12288; }, plain}};
+           [](Design&) { device().shared_bytes = 6144; }, plain}};
 }
 
 std::string refuse(const Refusal& refusal, Case& c) {

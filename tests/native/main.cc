@@ -80,6 +80,7 @@ struct RowEntry {
 };
 constexpr RowEntry kRows[] = {{"host", run_host, kHost},
                               {"exact", run_exact, kHost},
+                              {"schedules", run_schedules, kDevice},
                               {"unsupported", run_unsupported, kDevice},
                               {"parity", run_parity, kEither},
                               {"edge", run_edge, kEither},

@@ -172,7 +172,7 @@ void Tally::begin(uint64_t seed, const std::string& kernel) {
 
 void Tally::end(const std::string& failure) {
   alarm(0);
-  if (on_device() && failure.find("has no room") != std::string::npos)
+  if (on_device() && failure.find("kernel has no room") != std::string::npos)
     ++without_room_;
   else if (!failure.empty())
     fail(failure);

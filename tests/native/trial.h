@@ -99,6 +99,7 @@ bool run_allocation(const Options& options, const std::string& isa);
 bool run_seeds(const Options& options, const std::string& isa);
 bool run_values(const Options& options, const std::string& isa);
 bool run_unsupported(const Options& options, const std::string& isa);
+bool run_schedules(const Options& options, const std::string& isa);
 bool run_fuzz(const Options& options, const std::string& isa);
 bool run_bench(const Options& options, const std::string& isa);
 
