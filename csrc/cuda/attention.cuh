@@ -14,6 +14,8 @@
 // context 0. With more query heads than key heads, each query head reads the keys again, from L2.
 #pragma once
 
+#include <type_traits>
+
 #include "cuda/gemv.cuh"
 
 namespace hff {
@@ -115,6 +117,12 @@ HFF_DEVICE void rope_append(const Group& group, const Shape& shape, const Rope& 
   group.sync();
 }
 
+// Bounds what hides a key in an additive mask: Hugging Face writes the lowest number of the dtype.
+template <class T>
+HFF_DEVICE constexpr float lowest() {
+  return std::is_same<T, port::half>::value ? -65504.0f : -3.38e38f;
+}
+
 // What the mask adds to the score of `key`, in units of log2; -inf hides it.
 template <class T>
 HFF_DEVICE float masked(const Mask& mask, int b, int64_t key) {
@@ -125,7 +133,8 @@ HFF_DEVICE float masked(const Mask& mask, int b, int64_t key) {
     return static_cast<const uint8_t*>(mask.data)[at] != 0 ? 0.0f : -INFINITY;
   if (mask.kind == HFF_MASK_INT64)
     return static_cast<const int64_t*>(mask.data)[at] != 0 ? 0.0f : -INFINITY;
-  return port::to_float(static_cast<const T*>(mask.data)[at]) * kLog2E;
+  const float add = port::to_float(static_cast<const T*>(mask.data)[at]);
+  return add <= lowest<T>() ? -INFINITY : add * kLog2E;
 }
 
 // A warp's running softmax: o is this lane's 8 dims of this lane's keys.
@@ -189,7 +198,8 @@ HFF_DEVICE void attend_tile(const Lane& lane, const T* keys, const T* values, in
   }
   port::sync_warp();
   float score = -INFINITY;
-  if (port::lane() < lane.steps * lane.per && port::lane() < left) {
+  const bool seen = added != -INFINITY;
+  if (seen && port::lane() < lane.steps * lane.per && port::lane() < left) {
     score = added;
     for (int p = 0; p < lane.vectors; ++p)
       score += scratch[32 + port::lane() * (lane.vectors + 1) + p];
@@ -200,7 +210,7 @@ HFF_DEVICE void attend_tile(const Lane& lane, const T* keys, const T* values, in
   const float weight = hidden ? 0.0f : port::exp2(score - top);
   run->m = top;
   run->l = fmaf(run->l, keep, warp_sum(weight));
-  weights[port::lane()] = weight;
+  weights[port::lane()] = seen ? weight : -1.0f;
   port::sync_warp();
 #pragma unroll
   for (int j = 0; j < 8; ++j) run->o[j] *= keep;
@@ -208,6 +218,7 @@ HFF_DEVICE void attend_tile(const Lane& lane, const T* keys, const T* values, in
   for (int s = 0; s < kSteps; ++s) {
     if (s >= steps) break;
     const float w = weights[s * lane.per + lane.slot];
+    if (w < 0.0f) continue;  // a masked key's value may be NaN
     float value[8];
     v.v[s].floats(value);
 #pragma unroll
