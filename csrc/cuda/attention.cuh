@@ -1,19 +1,20 @@
 // One query of one head against a part of its keys: split-KV flash decoding.
 //
 //   s_j = scale * (RoPE(q) . k_j) + mask_j;  m = max s_j;  l = sum exp(s_j - m)
-//   o = sum exp(s_j - m) v_j;  parts merge as M = max m, O = sum exp(m - M) o, L = sum exp(m - M) l;
-//   context = T(O / L)
+//   o = sum exp(s_j - m) v_j;  parts merge as M = max m, O = sum exp(m - M) o, L = sum exp(m - M)
+//   l; context = T(O / L)
 //
-// RoPE in fp32 from cos and sin of the model's dtype, q and k rounded to T once; scores, weights and
-// sums fp32, exp by exp2 of scores times log2(e). Keys and values (head_dim contiguous) come by 16
-// bytes a lane: a vector of 8 dims is one lane's for the whole call, so its part of q and of o stay
-// in registers; 32 / (head_dim / 8) keys a step, up to kSteps a tile, whose loads are all in flight
-// at once. A warp takes every n-th tile; warps merge in order in shared memory, splits in order by
-// whoever comes last (token kernel) or by every CTA of a cluster.
-// The query's own key and value are appended first, by the split that ends with them.
-// A head without a visible key has context 0. With more query heads than key heads, each query head
-// reads the keys again, from L2.
+// RoPE in fp32 from cos and sin of the model's dtype, q and k rounded to T once; scores, weights
+// and sums fp32, exp by exp2 of scores times log2(e). Keys and values (head_dim contiguous) come by
+// 16 bytes a lane: a vector of 8 dims is one lane's for the whole call, so its part of q and of o
+// stay in registers; 32 / (head_dim / 8) keys a step, up to kSteps a tile, whose loads are all in
+// flight at once. A warp takes every n-th tile; warps merge in order in shared memory, splits in
+// order by whoever comes last (token kernel) or by every CTA of a cluster. The query's own key and
+// value are appended first, by the split that ends with them. A head without a visible key has
+// context 0. With more query heads than key heads, each query head reads the keys again, from L2.
 #pragma once
+
+#include <type_traits>
 
 #include "cuda/gemv.cuh"
 
@@ -21,8 +22,10 @@ namespace hff {
 namespace cuda {
 
 constexpr float kLog2E = 1.44269504088896341f;
-constexpr int kSteps = 6;  // 48 registers of keys and values in flight; 8 steps spill in the token kernel
-constexpr int kWarpScratch = 32 + 32 * 9;  // weights of a tile; partial dots, padded (most: head_dim 64)
+constexpr int kSteps =
+    6;  // 48 registers of keys and values in flight; 8 steps spill in the token kernel
+constexpr int kWarpScratch =
+    32 + 32 * 9;  // weights of a tile; partial dots, padded (most: head_dim 64)
 
 // Eight values of T, as they lie in memory.
 template <class T>
@@ -34,10 +37,10 @@ struct alignas(16) Eight {
 
 // What attention does not get from its operands.
 struct Keys {
-  int64_t length;   // keys there, the query's own not counted
-  bool full;        // the cache has no room for it
+  int64_t length;  // keys there, the query's own not counted
+  bool full;       // the cache has no room for it
   int64_t position;
-  bool in_table;    // RoPE has a row for the position
+  bool in_table;  // RoPE has a row for the position
 };
 
 HFF_DEVICE Keys keys_of(const Cache& cache, const Rope& rope, int b) {
@@ -94,9 +97,9 @@ HFF_HOST_DEVICE HeadRows rows_of_head(const Shape& s, int head) {
           (s.heads + s.kv_heads + kv_head) * s.head_dim};
 }
 
-// q[d] = RoPE of the query; with `append`, RoPE of the key and the value go into the cache behind its
-// `length` tokens. q_at, k_at, v_at: float (d), values of T. Several query heads of a group append
-// the same bits. Ends with a barrier.
+// q[d] = RoPE of the query; with `append`, RoPE of the key and the value go into the cache behind
+// its `length` tokens. q_at, k_at, v_at: float (d), values of T. Several query heads of a group
+// append the same bits. Ends with a barrier.
 template <class T, class Q, class K, class V>
 HFF_DEVICE void rope_append(const Group& group, const Shape& shape, const Rope& rope,
                             const Cache& cache, const Keys& keys, int b, int kv_head, bool append,
@@ -114,6 +117,12 @@ HFF_DEVICE void rope_append(const Group& group, const Shape& shape, const Rope& 
   group.sync();
 }
 
+// Bounds what hides a key in an additive mask: Hugging Face writes the lowest number of the dtype.
+template <class T>
+HFF_DEVICE constexpr float lowest() {
+  return std::is_same<T, port::half>::value ? -65504.0f : -3.38e38f;
+}
+
 // What the mask adds to the score of `key`, in units of log2; -inf hides it.
 template <class T>
 HFF_DEVICE float masked(const Mask& mask, int b, int64_t key) {
@@ -124,7 +133,8 @@ HFF_DEVICE float masked(const Mask& mask, int b, int64_t key) {
     return static_cast<const uint8_t*>(mask.data)[at] != 0 ? 0.0f : -INFINITY;
   if (mask.kind == HFF_MASK_INT64)
     return static_cast<const int64_t*>(mask.data)[at] != 0 ? 0.0f : -INFINITY;
-  return port::to_float(static_cast<const T*>(mask.data)[at]) * kLog2E;
+  const float add = port::to_float(static_cast<const T*>(mask.data)[at]);
+  return add <= lowest<T>() ? -INFINITY : add * kLog2E;
 }
 
 // A warp's running softmax: o is this lane's 8 dims of this lane's keys.
@@ -188,7 +198,8 @@ HFF_DEVICE void attend_tile(const Lane& lane, const T* keys, const T* values, in
   }
   port::sync_warp();
   float score = -INFINITY;
-  if (port::lane() < lane.steps * lane.per && port::lane() < left) {
+  const bool seen = added != -INFINITY;
+  if (seen && port::lane() < lane.steps * lane.per && port::lane() < left) {
     score = added;
     for (int p = 0; p < lane.vectors; ++p)
       score += scratch[32 + port::lane() * (lane.vectors + 1) + p];
@@ -199,7 +210,7 @@ HFF_DEVICE void attend_tile(const Lane& lane, const T* keys, const T* values, in
   const float weight = hidden ? 0.0f : port::exp2(score - top);
   run->m = top;
   run->l = fmaf(run->l, keep, warp_sum(weight));
-  weights[port::lane()] = weight;
+  weights[port::lane()] = seen ? weight : -1.0f;
   port::sync_warp();
 #pragma unroll
   for (int j = 0; j < 8; ++j) run->o[j] *= keep;
@@ -207,6 +218,7 @@ HFF_DEVICE void attend_tile(const Lane& lane, const T* keys, const T* values, in
   for (int s = 0; s < kSteps; ++s) {
     if (s >= steps) break;
     const float w = weights[s * lane.per + lane.slot];
+    if (w < 0.0f) continue;  // a masked key's value may be NaN
     float value[8];
     v.v[s].floats(value);
 #pragma unroll

@@ -1,5 +1,6 @@
-// The CUDA back end: what a device has, which kernels a call takes, and their launches on its stream.
-// Nothing here waits for the device or allocates on it, so every call can be captured in a graph.
+// The CUDA back end: what a device has, which kernels a call takes, and their launches on its
+// stream. Nothing here waits for the device or allocates on it, so every call can be captured in a
+// graph.
 #include <cstring>
 #include <mutex>
 
@@ -41,11 +42,11 @@ struct Call {
   const hff_call& call;
   const port::Device& device;
   Shape shape;
-  int slot_bytes;
   Scratch scratch;
 
   int batch() const { return static_cast<int>(call.batch); }
   bool bulk() const { return device.arch >= 900; }
+  // For `per_sm` CTAs on a multiprocessor.
   Room room(int attend_warps, int per_sm) const {
     const int share = device.shared_per_sm / per_sm - kReserved;
     const int bytes = share < device.shared_limit ? share : device.shared_limit;
@@ -56,85 +57,97 @@ struct Call {
 hff_status call_of(const hff_call& call, const hff_block& block, const port::Device& device,
                    Call* c) {
   HFF_TRY(shape_of(call, block, &c->shape));
-  c->slot_bytes = slot_bytes_of(c->shape, device.arch >= 900);
   int64_t bytes = 0;
   c->scratch = scratch_of(c->shape, c->batch(), device.sms, call.workspace.data, &bytes);
   return HFF_OK;
 }
 
 hff_status no_room(const char* kernel, const Call& c) {
-  return fail(HFF_UNSUPPORTED,
-              "the %s kernel has no room for hidden %d and mlp_width %d at batch %d in the %d bytes "
-              "of shared memory of %s",
-              kernel, c.shape.hidden, c.shape.mlp_width, c.batch(), c.device.shared_limit,
-              c.device.name);
+  return fail(
+      HFF_UNSUPPORTED,
+      "the %s kernel has no room for hidden %d and mlp_width %d at batch %d in the %d bytes "
+      "of shared memory of %s",
+      kernel, c.shape.hidden, c.shape.mlp_width, c.batch(), c.device.shared_limit, c.device.name);
 }
+
+// A layer and the cache it appends to.
+struct Operands {
+  const hff_block* block;
+  const hff_cache* cache;
+};
 
 // ---- the chain ----------------------------------------------------------------------------------
 
 struct Chain {
   const Call& c;
-  Layout phase_layout, attend_layout;
+  Layout enter_layout, leave_layout, attend_layout;
+
+  bool fits(Use use, Layout* layout) const {
+    return layout_of(c.shape, c.room(0, 2), c.batch(), use, 0, layout) ||
+           layout_of(c.shape, c.room(0, 1), c.batch(), use, 0, layout);
+  }
 
   hff_status prepare() {
-    if (!layout_of(c.shape, c.room(0, 2), c.batch(), c.slot_bytes, 0, &phase_layout) &&
-        !layout_of(c.shape, c.room(0, 1), c.batch(), c.slot_bytes, 0, &phase_layout))
-      return no_room("phase", c);
-    attend_layout = {};
+    if (!fits(kEnters, &enter_layout) || !fits(kLeaves, &leave_layout)) return no_room("phase", c);
     attend_layout.total = 4 * attend_floats(c.shape.head_dim, kAttendWarps);
     return HFF_OK;
   }
 
-  hff_status run(PhaseParams& p) const {
+  // A call's first kernel starts when the stream has come to it: what ran before may have written
+  // weights, which the others ask for before they wait.
+  bool follows = false;
+
+  hff_status run(PhaseParams& p, const Layout& layout) {
     p.shape = c.shape;
-    p.layout = phase_layout;
+    p.layout = layout;
     p.scratch = c.scratch;
     p.batch = c.batch();
     port::Launch launch;
     launch.grid = c.device.sms;
     launch.threads = 32 * team_of(c.device).stream_warps;
-    launch.shared_bytes = phase_layout.total;
-    launch.dependent = c.bulk();
+    launch.shared_bytes = layout.total;
+    launch.dependent = c.bulk() && follows;
+    follows = true;
     launch.stream = c.call.stream;
     launch.name = "phase";
     return port::launch(launch, phase_kernel(c.call.dtype, p.batch, c.bulk()), p);
   }
 
-  hff_status enter(const Layer& layer, const Half& half, const Source& source, void* up) const {
+  hff_status enter(const Operands& of, const Half& half, const Source& source, void* up) {
     PhaseParams p = {};
+    HFF_TRY(layer_of(c.call, *of.block, *of.cache, c.shape, enter_layout.slot_bytes, &p.layer));
     p.kind = kPhaseIn;
     p.half = half;
     p.source = source;
-    p.layer = layer;
     p.layer.o = p.layer.down = {};
     if (!half.attention) p.layer.qkv = p.layer.k = p.layer.v = {};
     if (!half.mlp) p.layer.up = {};
     p.up = up;
-    return run(p);
+    return run(p, enter_layout);
   }
 
-  hff_status leave(const Layer& layer, const Half& half, const Source& source, void* out,
-                   bool counts) const {
+  hff_status leave(const Operands& of, const Half& half, const Source& source, void* out,
+                   bool counts) {
     PhaseParams p = {};
+    HFF_TRY(layer_of(c.call, *of.block, *of.cache, c.shape, leave_layout.slot_bytes, &p.layer));
     p.kind = kPhaseOut;
     p.half = half;
     p.source = source;
-    p.layer = layer;
     p.layer.qkv = p.layer.k = p.layer.v = p.layer.up = {};
     if (!half.attention) p.layer.o = {};
     if (!half.mlp) p.layer.down = {};
     p.up = c.scratch.up;
     p.out = out;
     p.counts = counts;
-    return run(p);
+    return run(p, leave_layout);
   }
 
-  hff_status attend(const Layer& layer) const {
+  hff_status attend(const Operands& of) const {
     AttendParams p = {};
     p.shape = c.shape;
     p.layout = attend_layout;
     p.scratch = c.scratch;
-    p.cache = layer.cache;
+    p.cache = cache_of(*of.cache);
     p.rope = rope_of(c.call);
     p.mask = mask_of(c.call);
     p.batch = c.batch();
@@ -150,26 +163,25 @@ struct Chain {
   }
 
   // One layer, from `source` to `out` in T or, where that is null, to the residual stream.
-  hff_status layer(const Layer& layer, Source source, void* out) const {
+  hff_status layer(const Operands& of, Source source, void* out) {
     const int count = halves(c.shape);
     for (int i = 0; i < count; ++i) {
       const Half half = half_of(c.shape, i);
       const bool last = i + 1 == count;
-      HFF_TRY(enter(layer, half, source, c.scratch.up));
-      if (half.attention) HFF_TRY(attend(layer));
-      HFF_TRY(leave(layer, half, source, last ? out : nullptr, last));
+      HFF_TRY(enter(of, half, source, c.scratch.up));
+      if (half.attention) HFF_TRY(attend(of));
+      HFF_TRY(leave(of, half, source, last ? out : nullptr, last));
       source = {};
     }
     return HFF_OK;
   }
 
-  hff_status head(const Norm& norm, const Rows& rows, const HeadOut& out) const {
+  hff_status head(const hff_model& model, const HeadOut& out) {
     PhaseParams p = {};
+    HFF_TRY(head_of(model, enter_layout.slot_bytes, &p.head, &p.final_norm));
     p.kind = kPhaseHead;
-    p.final_norm = norm;
-    p.head = rows;
     p.head_out = out;
-    return run(p);
+    return run(p, enter_layout);
   }
 };
 
@@ -184,7 +196,7 @@ hff_status run_token(const Call& c, const hff_model& model, const hff_cache* cac
   const Team team = team_of(c.device);
   TokenParams p = {};
   *fits = model.block_count <= kMaxLayers &&
-          layout_of(c.shape, c.room(team.attend_warps, 1), c.batch(), c.slot_bytes, 0, &p.layout);
+          layout_of(c.shape, c.room(team.attend_warps, 1), c.batch(), kWhole, 0, &p.layout);
   if (!*fits) return HFF_OK;
   p.shape = c.shape;
   p.team = team;
@@ -196,9 +208,10 @@ hff_status run_token(const Call& c, const hff_model& model, const hff_cache* cac
   p.out = head_out_of(io);
   p.batch = c.batch();
   p.layer_count = static_cast<int32_t>(model.block_count);
-  HFF_TRY(head_of(c.call, model, c.slot_bytes, &p.head, &p.final_norm));
+  const int slot_bytes = p.layout.slot_bytes;
+  HFF_TRY(head_of(model, slot_bytes, &p.head, &p.final_norm));
   for (int l = 0; l < p.layer_count; ++l)
-    HFF_TRY(layer_of(c.call, model.blocks[l], caches[l], c.shape, c.slot_bytes, &p.layers[l]));
+    HFF_TRY(layer_of(c.call, model.blocks[l], caches[l], c.shape, slot_bytes, &p.layers[l]));
   port::Launch launch;
   launch.grid = c.device.sms;
   launch.threads = 32 * (team.stream_warps + team.attend_warps);
@@ -211,19 +224,16 @@ hff_status run_token(const Call& c, const hff_model& model, const hff_cache* cac
 
 hff_status run_chain(const Call& c, const hff_model& model, const hff_cache* caches,
                      const hff_model_io& io) {
-  Chain chain = {c, {}, {}};
+  Chain chain = {c, {}, {}, {}, false};
   HFF_TRY(chain.prepare());
-  Rows head;
-  Norm norm;
-  HFF_TRY(head_of(c.call, model, c.slot_bytes, &head, &norm));
-  Layer layer;
-  for (int64_t l = 0; l < model.block_count; ++l)  // all proven before the first is launched
-    HFF_TRY(layer_of(c.call, model.blocks[l], caches[l], c.shape, c.slot_bytes, &layer));
+  Layer proven;  // all before the first is launched
+  for (int64_t l = 0; l < model.block_count; ++l)
+    HFF_TRY(layer_of(c.call, model.blocks[l], caches[l], c.shape, kLeastSlot, &proven));
   for (int64_t l = 0; l < model.block_count; ++l) {
-    HFF_TRY(layer_of(c.call, model.blocks[l], caches[l], c.shape, c.slot_bytes, &layer));
-    HFF_TRY(chain.layer(layer, l == 0 ? source_of(model, io) : Source{}, nullptr));
+    const Source source = l == 0 ? source_of(model, io) : Source{};
+    HFF_TRY(chain.layer({&model.blocks[l], &caches[l]}, source, nullptr));
   }
-  return chain.head(norm, head, head_out_of(io));
+  return chain.head(model, head_out_of(io));
 }
 
 hff_status model_forward(const hff_call& call, const hff_model& model, const hff_cache* caches,
@@ -231,7 +241,7 @@ hff_status model_forward(const hff_call& call, const hff_model& model, const hff
   const port::Device* device;
   HFF_TRY(device_of(call.ordinal, &device));
   if (caches == nullptr) return fail(HFF_UNSUPPORTED, "CUDA kernels need caches");
-  Call c = {call, *device, {}, 0, {}};
+  Call c = {call, *device, {}, {}};
   HFF_TRY(call_of(call, model.blocks[0], *device, &c));
   const DeviceGuard guard(call.ordinal);
   bool fits = false;
@@ -245,15 +255,15 @@ hff_status model_forward(const hff_call& call, const hff_model& model, const hff
 
 // ---- single layers ------------------------------------------------------------------------------
 
-hff_status run_cluster(const Call& c, const Layer& layer, const hff_block_io& io, bool with_up) {
+hff_status run_cluster(const Call& c, const Operands& of, const hff_block_io& io, bool with_up) {
   ClusterParams p = {};
-  if (!layout_of(c.shape, c.room(0, 1), c.batch(), c.slot_bytes,
-                 exchange_floats(c.shape, c.batch()), &p.layout))
+  if (!layout_of(c.shape, c.room(0, 1), c.batch(), kEnters, exchange_floats(c.shape, c.batch()),
+                 &p.layout))
     return no_room("attention", c);
+  HFF_TRY(layer_of(c.call, *of.block, *of.cache, c.shape, p.layout.slot_bytes, &p.layer));
   p.shape = c.shape;
   p.scratch = c.scratch;
   p.source.x = io.x.data;
-  p.layer = layer;
   const bool both = with_up && !c.shape.sequential;
   if (!both) p.layer.up = {};
   p.rope = rope_of(c.call);
@@ -265,7 +275,6 @@ hff_status run_cluster(const Call& c, const Layer& layer, const hff_block_io& io
   port::Launch launch;
   launch.threads = 32 * team_of(c.device).stream_warps;
   launch.shared_bytes = p.layout.total;
-  launch.dependent = c.bulk();
   launch.stream = c.call.stream;
   launch.name = "attention_up";
   const auto kernel = cluster_kernel(c.call.dtype, p.batch, c.bulk());
@@ -282,21 +291,20 @@ hff_status block_forward(const hff_call& call, const hff_block& block, const hff
   const port::Device* device;
   HFF_TRY(device_of(call.ordinal, &device));
   if (cache == nullptr) return fail(HFF_UNSUPPORTED, "CUDA kernels need a cache");
-  Call c = {call, *device, {}, 0, {}};
+  Call c = {call, *device, {}, {}};
   HFF_TRY(call_of(call, block, *device, &c));
-  Layer layer;
-  HFF_TRY(layer_of(call, block, *cache, c.shape, c.slot_bytes, &layer));
+  const Operands of = {&block, cache};
   const DeviceGuard guard(call.ordinal);
-  Chain chain = {c, {}, {}};
+  Chain chain = {c, {}, {}, {}, false};
   const bool up_apart = io.stage == HFF_STAGE_ATTENTION_UP && c.shape.sequential;
   if (io.stage == HFF_STAGE_FULL || up_apart) HFF_TRY(chain.prepare());
   Source source = {};
   source.x = io.x.data;
-  if (io.stage == HFF_STAGE_FULL) return chain.layer(layer, source, io.out.data);
-  HFF_TRY(run_cluster(c, layer, io, io.stage == HFF_STAGE_ATTENTION_UP));
+  if (io.stage == HFF_STAGE_FULL) return chain.layer(of, source, io.out.data);
+  HFF_TRY(run_cluster(c, of, io, io.stage == HFF_STAGE_ATTENTION_UP));
   if (!up_apart) return HFF_OK;
   source.x = io.attention_out.data;
-  return chain.enter(layer, Half{false, true}, source, io.up_out.data);
+  return chain.enter(of, Half{false, true}, source, io.up_out.data);
 }
 
 int64_t workspace_bytes(const hff_call& call, const hff_model& model) {
@@ -309,9 +317,8 @@ int64_t workspace_bytes(const hff_call& call, const hff_model& model) {
   return bytes;
 }
 
-const Backend kBackend = {
-    model_forward, block_forward, nullptr, nullptr, nullptr, nullptr,
-    nullptr,       nullptr,       nullptr, workspace_bytes};
+const Backend kBackend = {model_forward, block_forward, nullptr, nullptr, nullptr,
+                          nullptr,       nullptr,       nullptr, nullptr, workspace_bytes};
 
 }  // namespace
 }  // namespace cuda

@@ -77,10 +77,11 @@ void phase(HFF_PARAM(PhaseParams) p) {
     Worker<T, kBatch, Pieces> worker(p.shape, p.scratch, p.layout, group, stream, p.batch);
     if (p.kind == kPhaseIn) worker.enter(p.layer, p.half, p.source, p.up);
     if (p.kind == kPhaseOut)
-      worker.leave(p.layer, p.half, p.source, p.up, p.out, [](bool) {});
+      worker.leave(p.layer, p.half, p.source, p.up, p.out, [&group](bool) { group.sync(); });
     if (p.kind == kPhaseHead) norm_head<T, kBatch>(worker, p.final_norm, p.head, p.head_out);
     const auto cache = [&p](int) -> const Cache& { return p.layer.cache; };
-    if (p.counts != 0 || p.kind == kPhaseHead) finish(p.scratch.counters, p.layout, cache, p.counts);
+    if (p.counts != 0 || p.kind == kPhaseHead)
+      finish(p.scratch.counters, p.layout, cache, p.counts);
   }
 }
 
@@ -102,8 +103,8 @@ void attend_heads(HFF_PARAM(AttendParams) p) {
   port::dependencies_wait();
   const Group group = {1, 0, port::threads()};
   const int index = port::block() / p.splits, b = index / p.shape.heads;
-  attend_split<T>(group, p.shape, p.scratch, p.cache, p.rope, p.mask, b,
-                  index - b * p.shape.heads, port::block() - index * p.splits, p.splits,
+  attend_split<T>(group, p.shape, p.scratch, p.cache, p.rope, p.mask, b, index - b * p.shape.heads,
+                  port::block() - index * p.splits, p.splits,
                   reinterpret_cast<float*>(port::arena() + p.layout.attend));
 }
 

@@ -1,6 +1,7 @@
 // The attention rungs: a layer's attention, and with it the MLP's up projection, in one launch.
 //
-//   attention_out = T(W_o attend(RoPE(W_qkv norm1(x) + b)) + b [+ x]);  up_out = T(act(W_up norm2(x) + b))
+//   attention_out = T(W_o attend(RoPE(W_qkv norm1(x) + b)) + b [+ x]);  up_out = T(act(W_up
+//   norm2(x) + b))
 //
 // A thread-block cluster per key head; its CTAs, C of them, share by rank
 //   qkv       the rows of the head, and then each other's through distributed shared memory
@@ -90,7 +91,7 @@ struct Exchange {
     attend_shared = reinterpret_cast<float*>(port::arena() + p.layout.attend);
     own = attend_shared + attend_floats(head_dim, w.group.warps());  // (batch, width), own rows set
     all = own + p.batch * width;                                     // (batch, width)
-    slots = all + p.batch * width;             // (batch, group, head_dim + 2)
+    slots = all + p.batch * width;                                   // (batch, group, head_dim + 2)
     context = slots + p.batch * group * (head_dim + 2);  // (batch, group * head_dim), rounded to T
   }
 
@@ -100,12 +101,11 @@ struct Exchange {
       const Section section = section_of(p.layer, p.shape, program.kv_head, i);
       Span span;
       program.span(i, span);
-      project<T, kBatch>(w.stream, w.group, span, static_cast<const T*>(section.rows->bias),
-                         p.batch, w.inputs, w.input_stride, w.sums, w.sum_count,
-                         [&](int row, int b, float value) {
-                           own[b * width + section.column + row - section.first] =
-                               rounded<T>(value);
-                         });
+      project<T, kBatch>(
+          w.stream, w.group, span, static_cast<const T*>(section.rows->bias), p.batch, w.inputs,
+          w.input_stride, w.sums, w.sum_count, [&](int row, int b, float value) {
+            own[b * width + section.column + row - section.first] = rounded<T>(value);
+          });
     }
     port::cluster_arrive();
     port::cluster_wait();
@@ -228,8 +228,12 @@ void attention_up(HFF_PARAM(ClusterParams) p) {
   if constexpr (compiled_here(Ring::kBulk)) {
     using Pieces = Stream<Ring, ClusterProgram>;
     const Group threads = {1, 0, port::threads()};
-    const ClusterProgram program = {&p,           port::cluster_index(), port::cluster_rank(),
-                                    port::cluster_size(), port::block(), port::blocks(),
+    const ClusterProgram program = {&p,
+                                    port::cluster_index(),
+                                    port::cluster_rank(),
+                                    port::cluster_size(),
+                                    port::block(),
+                                    port::blocks(),
                                     int(sizeof(T))};
     Pieces stream;
     stream.start(program, port::arena(), p.layout, threads.warp(), threads.warps());

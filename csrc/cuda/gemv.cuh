@@ -5,8 +5,8 @@
 // A unit is a piece of a row. w: T in a ring slot; x: (batch, stride) T in shared memory; products
 // and sums fp32. A piece stays in one warp: lane i takes columns 8 i .. 8 i + 7 of every 256, even
 // and odd columns in two chains of FMA; lanes add by xor. Pieces of a row are dealt to the CTA's
-// warps in turn, so that a CTA with few long rows is as even as one with many short ones; the pieces
-// of a row are added in order by the thread that stores the row. No order depends on timing.
+// warps in turn, so that a CTA with few long rows is as even as one with many short ones; the
+// pieces of a row are added in order by the thread that stores the row. No order depends on timing.
 // Bytes: every weight once. 19 instructions per 8 weights and lane are a fifth of an H200's issue
 // slots at its memory's rate, and leave room for 4 rows of input.
 #pragma once
@@ -85,9 +85,9 @@ HFF_DEVICE float activate(float x, int activation) {
   }
 }
 
-// out[b * width + column + row] = T(act(W x + bias)) for the CTA's rows of one matrix; several passes
-// where the sums have no room for all. Store: void(row of the matrix, b, value), once for each, by
-// the threads in turn. Begins after a barrier that made x visible, ends with one.
+// out[b * width + column + row] = T(act(W x + bias)) for the CTA's rows of one matrix; several
+// passes where the sums have no room for all. Store: void(row of the matrix, b, value), once for
+// each, by the threads in turn. Begins after a barrier that made x visible, ends with one.
 template <class T, int kBatch, class S, class Store>
 HFF_DEVICE void project(S& stream, const Group& group, const Span& span, const T* bias, int batch,
                         const T* x, int stride, float* sums, int sum_count, const Store& store) {

@@ -1,5 +1,5 @@
-// Stacks, and the switch between them. On x86-64 and aarch64 a switch is a dozen instructions and no
-// system call; elsewhere it is swapcontext. AddressSanitizer and ThreadSanitizer are told of it.
+// Stacks, and the switch between them: on x86-64 and aarch64 a dozen instructions and no system
+// call, elsewhere swapcontext. AddressSanitizer and ThreadSanitizer are told of it.
 #pragma once
 
 #include <cstddef>

@@ -35,11 +35,10 @@ size_t destination(const Fiber* fiber, const void* shared, const void* global, u
 Cta* Engine::owner_of(const void* p, size_t* offset) {
   const size_t at = reinterpret_cast<uintptr_t>(p) - reinterpret_cast<uintptr_t>(arenas_);
   const size_t slot = at / arena_stride_;
-  if (slot >= arena_count_ || slot >= ctas_.size()) return nullptr;
+  if (slot >= live_ / static_cast<uint32_t>(launch.threads)) return nullptr;
   Cta& cta = ctas_[slot];
-  const size_t skipped = static_cast<size_t>(cta.arena - (arenas_ + slot * arena_stride_));
-  if (at % arena_stride_ < skipped) return nullptr;
-  *offset = at % arena_stride_ - skipped;
+  if (static_cast<const char*>(p) < cta.arena) return nullptr;  // a guard page
+  *offset = static_cast<size_t>(static_cast<const char*>(p) - cta.arena);
   return &cta;
 }
 

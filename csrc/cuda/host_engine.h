@@ -1,6 +1,6 @@
-// What the parts of the fiber engine share: host_fibers.cc schedules, host_sync.cc holds the
-// primitives that wait for other threads, host_copies.cc those that copy, host_report.cc the
-// sentences.
+// What the parts of the fiber engine share. host_fibers.cc begins and ends launches and threads,
+// host_schedule.cc says who goes on, host_sync.cc, host_copies.cc and host_words.cc hold the
+// primitives, host_report.cc the sentences.
 #pragma once
 
 #include <deque>
@@ -194,7 +194,9 @@ class Engine {
   void deliver_sometimes();
   bool release_pollers();
   [[noreturn]] void deadlock();
+  [[noreturn]] void give_up(const char* what);
   std::string describe(const Fiber& fiber) const;
+  std::string list_fibers() const;
   static void fiber_main();
 
   Context main_;
@@ -218,6 +220,7 @@ class Engine {
 
   Policy policy_ = Policy::kAnybody;
   uint32_t from_ = 0, to_ = 0;  // fibers that the policy favours or starves
+  uint64_t turns_ = 0;          // drawn so far
   int until_switch_ = 0, switch_every_ = 1, epoch_left_ = 0, releases_ = 0;
   uint32_t delivery_ = 0;  // at a switch a copy moves with chance 1 / delivery_; 0: only when idle
 };

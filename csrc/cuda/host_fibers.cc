@@ -1,12 +1,13 @@
-// See host_fibers.h. This file starts launches and schedules their fibers.
+// See host_fibers.h. This file begins and ends launches, clusters, blocks and threads.
 #include "cuda/host_fibers.h"
 
 #include <sys/mman.h>
 #include <unistd.h>
 
 #include <algorithm>
+#include <cstdio>
 #include <cstring>
-#include <memory>
+#include <numeric>
 
 #include "cuda/host_engine.h"
 
@@ -36,6 +37,7 @@ Options& options() { return t_options; }
 const char* report() { return engine().report.c_str(); }
 uint64_t switches() { return engine().switches; }
 bool run(const port::Launch& launch, const Entry& entry) {
+  if (self != nullptr) current()->engine->stop(enter("launch"), "a kernel cannot launch another");
   return engine().run(launch, entry, &t_options);
 }
 
@@ -48,39 +50,7 @@ int max_active_clusters(const port::Launch& launch) {
   return per_sm * device.sms / launch.cluster;
 }
 
-// ---- the set of runnable fibers ------------------------------------------------------------------
-
-void Members::clear(uint32_t limit) {
-  words_.assign(limit / 64 + 1, 0);
-  summary_.assign(limit / 4096 + 1, 0);
-}
-
-uint32_t Members::first_from(uint32_t i) const {
-  if (i >> 6 >= words_.size()) return kNone;
-  const uint64_t here = words_[i >> 6] >> (i & 63);
-  if (here != 0) return i + static_cast<uint32_t>(__builtin_ctzll(here));
-  const uint32_t next = (i >> 6) + 1;  // word
-  for (uint32_t s = next >> 6; s < summary_.size(); ++s) {
-    uint64_t words = summary_[s];
-    if (s == next >> 6) words = words >> (next & 63) << (next & 63);
-    if (words == 0) continue;
-    const uint32_t word = s * 64 + static_cast<uint32_t>(__builtin_ctzll(words));
-    return word * 64 + static_cast<uint32_t>(__builtin_ctzll(words_[word]));
-  }
-  return kNone;
-}
-
-uint32_t Members::last() const {
-  for (size_t s = summary_.size(); s-- > 0;) {
-    if (summary_[s] == 0) continue;
-    const uint32_t word =
-        static_cast<uint32_t>(s) * 64 + 63 - static_cast<uint32_t>(__builtin_clzll(summary_[s]));
-    return word * 64 + 63 - static_cast<uint32_t>(__builtin_clzll(words_[word]));
-  }
-  return kNone;
-}
-
-// ---- a launch ------------------------------------------------------------------------------------
+// ---- a launch -----------------------------------------------------------------------------------
 
 Engine::~Engine() {
   for (Fiber& fiber : fibers_) release(&fiber.context);
@@ -92,9 +62,7 @@ bool Engine::accept() {
   const port::Device& device = options.device;
   const port::Launch& l = launch;
   char why[200] = "";
-  if (self != nullptr) {
-    std::snprintf(why, sizeof(why), "a kernel cannot launch");
-  } else if (l.threads < 32 || l.threads > 1024 || l.threads % 32 != 0) {
+  if (l.threads < 32 || l.threads > 1024 || l.threads % 32 != 0) {
     std::snprintf(why, sizeof(why), "%d threads: a multiple of 32 up to 1024 is asked", l.threads);
   } else if (l.cluster < 1 || l.cluster > 16 || l.grid < 1 || l.grid % l.cluster != 0) {
     std::snprintf(why, sizeof(why), "%d blocks in clusters of %d", l.grid, l.cluster);
@@ -122,7 +90,10 @@ bool Engine::map_arenas(size_t count) {
   if (base == MAP_FAILED) return false;
   arenas_ = static_cast<char*>(base), arena_count_ = count;
   for (size_t i = 0; i <= count; ++i) {  // a guard page before, between and behind
-    if (mprotect(arenas_ + i * stride, page(), PROT_NONE) != 0) return false;
+    if (mprotect(arenas_ + i * stride, page(), PROT_NONE) == 0) continue;
+    munmap(base, count * stride + page());
+    arenas_ = nullptr, arena_count_ = 0;
+    return false;
   }
   return true;
 }
@@ -135,6 +106,7 @@ bool Engine::reserve() {
   const size_t fibers = ctas * static_cast<size_t>(launch.threads);
   if (fibers > fibers_.size() || abandoned_) {
     for (Fiber& fiber : fibers_) release(&fiber.context);
+    fibers_.clear();
     if (fibers > stacks_.count() && !stacks_.map(fibers)) return false;
     fibers_.assign(stacks_.count(), Fiber());
     for (size_t i = 0; i < fibers_.size(); ++i) {
@@ -180,9 +152,10 @@ void Engine::begin() {
   live_ = slots * static_cast<uint32_t>(launch.cluster * launch.threads);
   ready_.clear(live_);
   watchers_.clear();
-  flying_.clear(), free_copies_.clear(), copies_.clear();
+  flying_.clear(), free_copies_.resize(copies_.size());
+  std::iota(free_copies_.begin(), free_copies_.end(), 0u);
   next_cluster_ = 0, clusters_left_ = resident;
-  switches = 0, releases_ = 0;
+  switches = turns_ = 0, releases_ = 0;
   poison_ = !options.poison ? 0 : random.one_in(4) ? 0x7b : 0xff;
   for (uint32_t slot = 0; slot < slots; ++slot) {
     clusters_[slot].ctas = &ctas_[slot * static_cast<uint32_t>(launch.cluster)];
@@ -224,7 +197,7 @@ void Engine::start_cluster(Cluster* cluster) {
   }
 }
 
-// ---- the life of a fiber -------------------------------------------------------------------------
+// ---- the life of a fiber ------------------------------------------------------------------------
 
 // Where a thread ends, its fiber waits for the next thread to become.
 void Engine::fiber_main() {
@@ -291,215 +264,6 @@ void Engine::end_cta(Cta* cta, const Fiber* last) {
   cta->ended = true;
   ++cta->cluster->ended;
 }
-
-void Engine::resume(Fiber* next) {
-  Fiber* from = current();
-  if (next == from) return;
-  ++switches;
-  self = next;
-  switch_context(&from->context, &next->context);
-}
-
-// To the caller of run(), for good.
-void Engine::leave() {
-  Fiber* from = current();
-  self = nullptr;
-  switch_context(&from->context, &main_);
-  __builtin_unreachable();
-}
-
-// ---- who goes on ---------------------------------------------------------------------------------
-
-void Engine::draw_policy() {
-  policy_ = static_cast<Policy>(random.below(5));
-  epoch_left_ = 16 << random.below(8);
-  switch_every_ = 1 << random.below(6);
-  until_switch_ = 1;
-  constexpr uint32_t kDelivery[] = {0, 2, 8, 64};
-  delivery_ = options.late_copies ? 0 : kDelivery[random.below(4)];
-  // A thread, a warp or a block.
-  const uint32_t threads = static_cast<uint32_t>(launch.threads);
-  const uint32_t sizes[] = {1, 32, threads};
-  const uint32_t size = policy_ == Policy::kOneBlock ? threads : sizes[random.below(3)];
-  from_ = random.below(live_) / size * size, to_ = from_ + size;
-}
-
-uint32_t Engine::pick_round(uint32_t start) const {
-  const uint32_t found = ready_.first_from(start);
-  return found != Members::kNone ? found : ready_.first_from(0);
-}
-
-// A ready fiber, or kNone.
-uint32_t Engine::pick() {
-  switch (policy_) {
-    case Policy::kLowest:
-      return ready_.first_from(0);
-    case Policy::kHighest:
-      return ready_.last();
-    case Policy::kAnybody:
-      return pick_round(random.below(live_));
-    case Policy::kOneBlock: {
-      uint32_t found = ready_.first_from(from_ + random.below(to_ - from_));
-      if (found >= to_) found = ready_.first_from(from_);
-      if (found >= to_) {  // as far as it gets: another's turn
-        found = pick_round(random.below(live_));
-        if (found == Members::kNone) return found;
-        from_ = found / (to_ - from_) * (to_ - from_);
-        to_ = from_ + static_cast<uint32_t>(launch.threads);
-      }
-      return found;
-    }
-    case Policy::kStarve:
-      break;
-  }
-  const uint32_t found = pick_round(random.below(live_));
-  if (found < from_ || found >= to_) return found;
-  const uint32_t other = pick_round(to_);
-  return other < from_ || other >= to_ ? other : found;
-}
-
-Fiber* Engine::choose() {
-  if (--epoch_left_ < 0) draw_policy();
-  if (delivery_ != 0 && !flying_.empty() && random.one_in(delivery_)) deliver_sometimes();
-  for (;;) {
-    const uint32_t found = pick();
-    if (found != Members::kNone) return &fibers_[found];
-    if (!flying_.empty()) {
-      deliver(random.below(static_cast<uint32_t>(flying_.size())));
-    } else if (!release_pollers()) {
-      deadlock();
-    }
-  }
-}
-
-void Engine::yield() {
-  until_switch_ = 1 + static_cast<int>(random.below(static_cast<uint32_t>(2 * switch_every_)));
-  resume(choose());
-}
-
-void Engine::make_ready(Fiber* fiber) {
-  fiber->wait = Wait::kNothing;
-  ready_.add(fiber->id);
-}
-
-void Engine::wait_on(Wait wait, const void* object, uint64_t value, Waiters* waiters) {
-  Fiber* fiber = current();
-  fiber->wait = wait, fiber->object = object, fiber->value = value;
-  if (waiters != nullptr) {
-    fiber->next_waiter = waiters->head;
-    waiters->head = fiber;
-  } else if (wait != Wait::kCopies) {
-    watchers_.push_back(fiber);
-  }
-  ready_.remove(fiber->id);
-  resume(choose());
-}
-
-void Engine::wake(Waiters* waiters) {
-  for (Fiber* fiber = waiters->head; fiber != nullptr; fiber = fiber->next_waiter) {
-    make_ready(fiber);
-  }
-  waiters->head = nullptr;
-  releases_ = 0;
-}
-
-// ---- words in global memory ----------------------------------------------------------------------
-
-namespace {
-bool reached(const uint32_t* counter, uint32_t target) {
-  return static_cast<int32_t>(*counter - target) >= 0;
-}
-}  // namespace
-
-void Engine::changed(const uint32_t* word) {
-  releases_ = 0;
-  for (size_t i = 0; i < watchers_.size();) {
-    Fiber* fiber = watchers_[i];
-    const bool woken =
-        fiber->object == word &&
-        (fiber->wait == Wait::kPoll || reached(word, static_cast<uint32_t>(fiber->value)));
-    if (!woken) {
-      ++i;
-      continue;
-    }
-    make_ready(fiber);
-    watchers_[i] = watchers_.back();
-    watchers_.pop_back();
-  }
-}
-
-// Nobody else can run: those who poll a word see it unchanged. That may end a loop that counts its
-// turns; a thousand turns of everybody without any effect are a deadlock.
-bool Engine::release_pollers() {
-  for (Fiber* fiber : watchers_) {
-    if (fiber->wait == Wait::kCounter &&
-        reached(static_cast<const uint32_t*>(fiber->object), static_cast<uint32_t>(fiber->value))) {
-      stop(fiber, "the counter reached %u by a plain store", static_cast<uint32_t>(fiber->value));
-    }
-  }
-  if (++releases_ > 1000) return false;
-  const auto polls = [](const Fiber* fiber) { return fiber->wait == Wait::kPoll; };
-  const auto rest = std::partition(watchers_.begin(), watchers_.end(),
-                                   [&](const Fiber* fiber) { return !polls(fiber); });
-  if (rest == watchers_.end()) return false;
-  for (auto i = rest; i != watchers_.end(); ++i) make_ready(*i);
-  watchers_.erase(rest, watchers_.end());
-  return true;
-}
-
-namespace {
-// The word is global, and aligned.
-Fiber* enter_word(const char* primitive, const uint32_t* p) {
-  Fiber* fiber = enter(primitive);
-  size_t offset;
-  if (reinterpret_cast<uintptr_t>(p) % 4 != 0 || p == nullptr) {
-    fiber->engine->stop(fiber, "%p is not aligned to 4 bytes, or null",
-                        static_cast<const void*>(p));
-  }
-  if (fiber->engine->owner_of(p, &offset) != nullptr) {
-    fiber->engine->stop(fiber, "the word is in shared memory, at %zu", offset);
-  }
-  return fiber;
-}
-}  // namespace
-
-uint32_t load_acquire(const uint32_t* p) {
-  Fiber* fiber = enter_word("load_acquire", p);
-  fiber->engine->point();
-  if (fiber->polled == p && fiber->polled_value == *p) {
-    fiber->engine->wait_on(Wait::kPoll, p, *p, nullptr);
-  }
-  fiber->polled = p, fiber->polled_value = *p;
-  return *p;
-}
-
-uint32_t add_acq_rel(uint32_t* p, uint32_t addend) {
-  Fiber* fiber = enter_word("add_acq_rel", p);
-  fiber->engine->point();
-  const uint32_t old = *p;
-  *p = old + addend;
-  fiber->engine->changed(p);
-  fiber->engine->point();
-  return old;
-}
-
-void store_relaxed(uint32_t* p, uint32_t value) {
-  Fiber* fiber = enter_word("store_relaxed", p);
-  fiber->engine->point();
-  *p = value;
-  fiber->engine->changed(p);
-  fiber->engine->point();
-}
-
-void wait_for(const uint32_t* counter, uint32_t target) {
-  Fiber* fiber = enter_word("wait_for", counter);
-  fiber->engine->point();
-  while (!reached(counter, target)) {
-    fiber->engine->wait_on(Wait::kCounter, counter, target, nullptr);
-  }
-}
-
-void switch_point() { current()->engine->point(); }
 
 }  // namespace fibers
 }  // namespace hff

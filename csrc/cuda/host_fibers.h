@@ -1,22 +1,24 @@
 // Runs the grid of a kernel on the calling thread, one fiber per thread of the grid, under a seeded
-// scheduler that looks for what a GPU does rarely. The same seed gives the same run. Plain loads and
-// stores are not seen: between two primitives a thread runs undisturbed. A race therefore shows as
-// a result that depends on the seed, and hardware that reorders memory is not emulated.
+// scheduler that looks for what a GPU does rarely. The same seed gives the same run. Plain loads
+// and stores are not seen: between two primitives a thread runs undisturbed. A race therefore shows
+// as a result that depends on the seed. Hardware that reorders memory is not emulated.
 //
-// - Primitives of port.h are switch points. The scheduler draws who goes on: anybody, one block as
-//   far as it gets, everybody but one thread, warp or block, highest or lowest first.
+// - Primitives of port.h are switch points. The scheduler draws who goes on: anybody; one block as
+//   far as it gets; everybody but one thread, warp or block; the lowest or the highest first.
 // - Blocks that need not be resident together run in random order, one to four clusters at a time.
-// - A copy is delivered in pieces, at a random time or as late as waiting allows, and reads its
-//   source when it is issued or when it is delivered. Until then its destination is poisoned.
+// - A copy arrives in pieces, at a random time or as late as waiting allows, and reads its source
+//   when it is issued or when it arrives. Until then its destination is poisoned.
 // - Shared memory starts poisoned and is poisoned again when its block ends: mostly NaN in every
 //   type, else large numbers, because max(NaN, x) hides a NaN.
-// - Misuse ends the launch with a report: alignment, sizes and bounds of copies, bytes a barrier
-//   expects and gets, arrivals beyond a count, barriers that are not initialised or not fenced, warps
-//   that part at a collective, blocks whose threads leave while others wait, shared memory of a block
-//   that has ended or not begun. When nobody can run and no copy is in flight, the report says who
-//   waits for what.
+// - Misuse ends the launch with a report: alignment, sizes and bounds of copies; bytes that a
+//   barrier expects and gets; arrivals beyond a count; barriers that are not initialised or not
+//   fenced; warps that part at a collective; threads that leave while others wait for them; shared
+//   memory of a block that has ended or not begun. When nobody can run and no copy is in flight,
+//   the report says who waits for what.
 //
-// After a report the fibers are abandoned: destructors of a kernel's locals do not run.
+// After a report the fibers are abandoned: destructors of a kernel's locals do not run. A loop that
+// calls no primitive is not interrupted. Launches never overlap, also those that may: what a kernel
+// reads before dependencies_wait is not judged.
 #pragma once
 
 #include <cstddef>
@@ -31,8 +33,9 @@ struct Options {
   uint64_t seed =
       1;  // changes with every launch, so that launches in a row differ; a report names it
   port::Device device = {900, 8, 232448, 233472, "host fibers"};
-  bool late_copies = false;  // copies are delivered only when nobody can run
-  bool poison = true;        // false: shared memory starts as zeros
+  bool late_copies = false;          // copies are delivered only when nobody can run
+  bool poison = true;                // false: shared memory starts as zeros
+  uint64_t most_turns = 1ull << 28;  // after which the launch counts as one that does not end
 };
 Options& options();  // of the next launch of this thread
 
@@ -51,7 +54,7 @@ struct Entry {
 bool run(const port::Launch& launch, const Entry& entry);
 int max_active_clusters(const port::Launch& launch);
 
-// ---- primitives, on a fiber; port_host.h gives them their names in kernels -----------------------
+// ---- primitives, on a fiber; port_host.h gives them their names in kernels ----------------------
 
 struct Identity {
   int thread, threads, block, blocks, cluster_rank, cluster_size;

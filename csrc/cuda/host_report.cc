@@ -24,14 +24,15 @@ __attribute__((format(printf, 1, 2))) std::string formatted(const char* format, 
 
 }  // namespace
 
+// leave() does not return, so nothing that owns memory may be alive where it is called.
 void Engine::stop(const Fiber* fiber, const char* format, ...) {
+  report = formatted("kernel %s, seed %llu: block %d thread %d: %s: ", launch.name,
+                     static_cast<unsigned long long>(options.seed), fiber->block, fiber->thread,
+                     fiber->primitive);
   va_list arguments;
   va_start(arguments, format);
-  const std::string text = format_list(format, arguments);
+  report += format_list(format, arguments);
   va_end(arguments);
-  report = formatted("kernel %s, seed %llu: block %d thread %d: %s: %s", launch.name,
-                     static_cast<unsigned long long>(options.seed), fiber->block, fiber->thread,
-                     fiber->primitive, text.c_str());
   leave();
 }
 
@@ -48,7 +49,8 @@ std::string Engine::describe(const Fiber& fiber) const {
   switch (fiber.wait) {
     case Wait::kBlock: {
       const NamedBarrier& barrier = cta.named[fiber.value];
-      return formatted("%s(%llu): %d of %d threads arrived", fiber.primitive, value,
+      const std::string id = value == 0 ? "" : formatted("(%llu)", value);
+      return formatted("%s%s: %d of %d threads arrived", fiber.primitive, id.c_str(),
                        barrier.arrived, barrier.count);
     }
     case Wait::kWarp: {
@@ -77,34 +79,47 @@ std::string Engine::describe(const Fiber& fiber) const {
     case Wait::kNothing:
       break;
   }
-  return fiber.exited ? "ended" : fiber.primitive;
+  return fiber.exited ? "exit" : fiber.primitive;
+}
+
+// Threads of a block that are at the same are one line.
+std::string Engine::list_fibers() const {
+  std::string lines;
+  for (uint32_t i = 0, end; i < live_ && lines.size() < 8000; i = end) {
+    const Fiber& first = fibers_[i];
+    const std::string what = describe(first);
+    for (end = i + 1; end < live_ && fibers_[end].cta == first.cta; ++end) {
+      if (describe(fibers_[end]) != what) break;
+    }
+    if (first.exited) continue;
+    if (!lines.empty()) lines += "\n  ";
+    const int last = fibers_[end - 1].thread;
+    lines += formatted("block %d thread", first.block);
+    lines +=
+        last == first.thread ? formatted(" %d", last) : formatted("s %d-%d", first.thread, last);
+    lines += " at " + what;
+  }
+  if (next_cluster_ < order_.size()) {
+    lines += formatted("\n  %zu clusters have not begun: the launch is not cooperative",
+                       order_.size() - next_cluster_);
+  }
+  return lines;
+}
+
+void Engine::give_up(const char* what) {
+  report = formatted("kernel %s, seed %llu: %s: ", launch.name,
+                     static_cast<unsigned long long>(options.seed), what);
+  report += list_fibers();
+  leave();
 }
 
 void Engine::deadlock() {
-  std::string lines;
-  bool parted = false;
-  for (uint32_t i = 0; i < live_;) {
-    const Fiber& first = fibers_[i];
-    const std::string what = describe(first);
-    uint32_t end = i + 1;
-    while (end < live_ && fibers_[end].cta == first.cta && describe(fibers_[end]) == what) ++end;
-    parted = parted || first.wait == Wait::kWarp;
-    if (!first.cta->ended && lines.size() < 8000) {
-      lines += formatted("\n  block %d threads %d-%d: %s", first.block, first.thread,
-                         fibers_[end - 1].thread, what.c_str());
+  for (uint32_t i = 0; i < live_; ++i) {
+    if (fibers_[i].wait == Wait::kWarp) {
+      give_up("deadlock, a warp collective was called by a part of the warp");
     }
-    i = end;
   }
-  const size_t waiting = order_.size() - next_cluster_;
-  if (waiting > 0) {
-    lines += formatted("\n  %zu clusters have not begun: the launch is not cooperative", waiting);
-  }
-  const size_t end = lines.find('\n', 1);
-  report = formatted("kernel %s, seed %llu: deadlock%s:", launch.name,
-                     static_cast<unsigned long long>(options.seed),
-                     parted ? ", a warp collective was called by a part of the warp" : "") +
-           lines.substr(2, end == std::string::npos ? end : end - 2) + lines;
-  leave();
+  give_up("deadlock");
 }
 
 }  // namespace fibers

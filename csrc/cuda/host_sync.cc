@@ -71,7 +71,7 @@ uint64_t meet(const char* primitive, int from, uint64_t bits, int bytes) {
   if (from < 0 || from > 31) engine->stop(fiber, "there is no lane %d", from);
   if (warp.arrived == 0) warp.primitive = primitive, warp.bytes = bytes;
   if (warp.primitive != primitive || warp.bytes != bytes) {
-    engine->stop(fiber, "%d lanes of its warp are at %s of %d bytes, this one at %d bytes",
+    engine->stop(fiber, "%d of 32 lanes of its warp are at %s, with %d bytes where it has %d",
                  warp.arrived, warp.primitive, warp.bytes, bytes);
   }
   warp.in[lane] = bits, warp.from[lane] = static_cast<int8_t>(from);
@@ -95,7 +95,7 @@ uint64_t warp_exchange(bool by_mask, int argument, uint64_t bits, int bytes) {
   return meet("warp_from", argument, bits, bytes);
 }
 
-// ---- clusters ------------------------------------------------------------------------------------
+// ---- clusters -----------------------------------------------------------------------------------
 
 void cluster_arrive() {
   Fiber* fiber = enter("cluster_arrive");
@@ -153,7 +153,7 @@ const void* peer(const void* shared, int rank) {
   return other.arena + offset;
 }
 
-// ---- barriers in shared memory -------------------------------------------------------------------
+// ---- barriers in shared memory ------------------------------------------------------------------
 
 namespace {
 

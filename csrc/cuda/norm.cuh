@@ -93,8 +93,8 @@ struct Statistics {
   float mean[kMaxBatch], variance[kMaxBatch];
 };
 
-HFF_DEVICE void statistics(const Group& group, const float* x, int batch, int hidden,
-                                  bool rms, float* reduce, Statistics* s) {
+HFF_DEVICE void statistics(const Group& group, const float* x, int batch, int hidden, bool rms,
+                           float* reduce, Statistics* s) {
   float mean[kMaxBatch] = {0.0f, 0.0f, 0.0f, 0.0f};
   if (!rms) {
     float sums[kMaxBatch];

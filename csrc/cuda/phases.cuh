@@ -15,8 +15,8 @@
 namespace hff {
 namespace cuda {
 
-// The part of a layer between two sums into the residual stream: all of a parallel layer; attention,
-// then MLP, of a sequential one.
+// The part of a layer between two sums into the residual stream: all of a parallel layer;
+// attention, then MLP, of a sequential one.
 struct Half {
   bool attention, mlp;
 };
@@ -73,14 +73,14 @@ struct Worker {
                        inputs + column, input_stride, sums, sum_count, store);
   }
 
-  // inputs[b][column ..] = from (batch, width), which other CTAs wrote. Ends with a barrier.
-  HFF_DEVICE void load_rows(const void* from, int width, int column) {
+  // inputs[b] = from (batch, width), which other CTAs wrote. Ends with a barrier.
+  HFF_DEVICE void load_rows(const void* from, int width) {
     const Eight<T>* source = static_cast<const Eight<T>*>(from);
     const int vectors = width / 8;
     for (int i = group.rank(); i < batch * vectors; i += group.count) {
       const int b = i / vectors, v = i - b * vectors;
       const Eight<T> value = port::load_fresh(source + i);
-      *reinterpret_cast<Eight<T>*>(inputs + b * input_stride + column + 8 * v) = value;
+      *reinterpret_cast<Eight<T>*>(inputs + b * input_stride + 8 * v) = value;
     }
     group.sync();
   }
@@ -110,30 +110,30 @@ struct Worker {
       const int offset = i == 1 ? layer.qkv.rows : i == 2 ? layer.qkv.rows + layer.k.rows : 0;
       const Sink sink = i == 3 ? Sink{up_out, shape.mlp_width, 0, shape.activation}
                                : Sink{scratch.qkv, shape.qkv(), offset, HFF_ACT_NONE};
-      rows(matrix, i == 3 && half.attention ? shape.hidden : 0, [sink](int row, int b, float value) {
-        static_cast<T*>(sink.out)[b * sink.width + sink.offset + row] =
-            port::from_float<T>(activate(value, sink.activation));
-      });
+      rows(matrix, i == 3 && half.attention ? shape.hidden : 0,
+           [sink](int row, int b, float value) {
+             static_cast<T*>(sink.out)[b * sink.width + sink.offset + row] =
+                 port::from_float<T>(activate(value, sink.activation));
+           });
     }
   }
 
   // x = source + W_down up + b + W_o context + b, of one half: to `out` (batch, hidden) in T, or to
-  // the residual stream. operand(mlp) waits for up or context. Ends with a barrier.
+  // the residual stream. operand(mlp) waits for up or context and ends with a barrier, as this
+  // does.
   template <class Operand>
   HFF_DEVICE void leave(const Layer& layer, const Half& half, const Source& source,
                         const void* up_in, void* out, const Operand& operand) {
-    const int row_sums =
-        (half.mlp ? layer.down.pieces : 0) + (half.attention ? layer.o.pieces : 0);
-    int column = 0, offset = 0;
+    const int row_sums = (half.mlp ? layer.down.pieces : 0) + (half.attention ? layer.o.pieces : 0);
+    int offset = 0;
 #pragma unroll 1
     for (int i = half.mlp ? 0 : 1; i < (half.attention ? 2 : 1); ++i) {
       const Rows& matrix = i == 0 ? layer.down : layer.o;
       operand(i == 0);
-      load_rows(i == 0 ? up_in : scratch.context, matrix.cols, column);
+      load_rows(i == 0 ? up_in : scratch.context, matrix.cols);
       Cursor at = {part(matrix), group.warp()};
-      multiply<T, kBatch>(stream, &at, group.warps(), 0, at.span.count, inputs + column,
-                          input_stride, sums, row_sums, offset);
-      column += matrix.cols;
+      multiply<T, kBatch>(stream, &at, group.warps(), 0, at.span.count, inputs, input_stride, sums,
+                          row_sums, offset);
       offset += matrix.pieces;
     }
     group.sync();
@@ -173,8 +173,9 @@ HFF_DEVICE uint32_t bits_of(float value) {
 // Orders floats as torch.argmax does: NaN first, then by size, of equals the lower index.
 HFF_DEVICE uint64_t search_key(float value, int index) {
   const uint32_t bits = bits_of(value);
-  const uint32_t ordered =
-      value != value ? ~0u : (bits & 0x80000000u) != 0 ? ~bits : bits | 0x80000000u;
+  const uint32_t ordered = value != value              ? ~0u
+                           : (bits & 0x80000000u) != 0 ? ~bits
+                                                       : bits | 0x80000000u;
   return static_cast<uint64_t>(ordered) << 32 | (0xffffffffu - static_cast<uint32_t>(index));
 }
 

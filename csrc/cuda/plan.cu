@@ -1,16 +1,15 @@
-#include "cuda/plan.h"
-
 #include <algorithm>
 
 #include "abi_checks.h"
+#include "cuda/plan.h"
 
 namespace hff {
 namespace cuda {
 namespace {
 
-constexpr int kElement = 2;        // bytes of fp16 and bf16
-constexpr int kSumFloats = 4096;   // sums of pieces held at once: 16 KB
-constexpr int kMostSlots = 16;     // of a warp: 64 KB of pieces are latency enough
+constexpr int kElement = 2;             // bytes of fp16 and bf16
+constexpr int kLeastSums = 1024;        // sums of pieces held at once, where nothing asks for more
+constexpr int kMostSlots = 16;          // of a warp
 constexpr int64_t kMostRows = 1 << 30;  // rows and columns are 32-bit numbers in kernels
 
 #define HFF_SUPPORTED(condition, ...)                                   \
@@ -28,12 +27,14 @@ hff_status rows_of(const hff_linear& l, int slot_bytes, const char* name, Rows* 
   HFF_SUPPORTED(l.rows < kMostRows && l.cols < kMostRows, "%s is (%lld, %lld)", name, shown(l.rows),
                 shown(l.cols));
   HFF_SUPPORTED(l.cols % 8 == 0 && l.row_stride % 8 == 0 && aligned(l.weight.data),
-                "%s has rows of %lld elements, %lld apart: CUDA kernels read 16 aligned bytes", name,
-                shown(l.cols), shown(l.row_stride));
+                "%s has rows of %lld elements, %lld apart: CUDA kernels read 16 aligned bytes",
+                name, shown(l.cols), shown(l.row_stride));
   const int cols = static_cast<int>(l.cols), most = slot_bytes / kElement;
   const int pieces = (cols + most - 1) / most, piece = ((cols + pieces - 1) / pieces + 7) / 8 * 8;
-  *rows = {l.weight.data, l.bias.data, l.row_stride, static_cast<int32_t>(l.rows),
-           cols,          (cols + piece - 1) / piece, piece};
+  *rows = {l.weight.data, l.bias.data,
+           l.row_stride,  static_cast<int32_t>(l.rows),
+           cols,          (cols + piece - 1) / piece,
+           piece};
   return HFF_OK;
 }
 
@@ -50,8 +51,8 @@ hff_status shape_of(const hff_call& call, const hff_block& block, Shape* shape) 
                 "CUDA kernels take up to 256 heads of a multiple of 8, these are %lld of %lld",
                 shown(h.heads), shown(h.head_dim));
   HFF_SUPPORTED(block.residual != HFF_RESIDUAL_POST_NORM, "CUDA kernels have no post-norm layers");
-  HFF_SUPPORTED(block.hidden < kMostRows && block.mlp_width < kMostRows, "hidden is %lld, mlp_width %lld",
-                shown(block.hidden), shown(block.mlp_width));
+  HFF_SUPPORTED(block.hidden < kMostRows && block.mlp_width < kMostRows,
+                "hidden is %lld, mlp_width %lld", shown(block.hidden), shown(block.mlp_width));
   shape->hidden = static_cast<int32_t>(block.hidden);
   shape->heads = static_cast<int32_t>(h.heads);
   shape->kv_heads = static_cast<int32_t>(h.kv_heads);
@@ -81,79 +82,102 @@ hff_status layer_of(const hff_call& call, const hff_block& block, const hff_cach
   HFF_TRY(rows_of(block.down, slot_bytes, "down", &layer->down));
   layer->attention_norm = norm_of(block.attention_norm);
   layer->mlp_norm = norm_of(block.mlp_norm);
-  const bool even = cache.batch_stride % 8 == 0 && cache.head_stride % 8 == 0 &&
-                    cache.token_stride % 8 == 0;
+  const bool even =
+      cache.batch_stride % 8 == 0 && cache.head_stride % 8 == 0 && cache.token_stride % 8 == 0;
   HFF_SUPPORTED(even && aligned(cache.keys.data) && aligned(cache.values.data),
                 "cache rows are not 16-byte aligned");
-  layer->cache = {cache.keys.data,    cache.values.data,  cache.length,  cache.batch_stride,
-                  cache.head_stride, cache.token_stride, cache.capacity};
+  layer->cache = cache_of(cache);
   return HFF_OK;
 }
 
-hff_status head_of(const hff_call& call, const hff_model& model, int slot_bytes, Rows* head,
-                   Norm* norm) {
-  (void)call;
+Cache cache_of(const hff_cache& c) {
+  return {c.keys.data,   c.values.data,  c.length,  c.batch_stride,
+          c.head_stride, c.token_stride, c.capacity};
+}
+
+hff_status head_of(const hff_model& model, int slot_bytes, Rows* head, Norm* norm) {
   *norm = norm_of(model.final_norm);
   *head = {};
   return model.head.weight.data == nullptr ? HFF_OK : rows_of(model.head, slot_bytes, "head", head);
 }
 
-int slot_bytes_of(const Shape& shape, bool bulk) {
-  const int most = bulk ? 4096 : 1536, least = bulk ? 2048 : 768;
+namespace {
+
+// How much of slots of `bytes` the rows of a layer fill.
+double fill_of(const Shape& shape, int bytes) {
   const int64_t rows[4][2] = {{shape.qkv(), shape.hidden},
                               {shape.mlp_width, shape.hidden},
                               {shape.hidden, shape.mlp_width},
                               {shape.hidden, shape.context()}};
-  int best = most;
-  double best_fill = 0.0;
-  for (int bytes = most; bytes >= least; bytes -= 128) {
-    double read = 0.0, held = 0.0;
-    for (const auto& r : rows) {
-      const int64_t row = r[1] * kElement, pieces = (row + bytes - 1) / bytes;
-      read += static_cast<double>(r[0] * row);
-      held += static_cast<double>(r[0] * pieces * bytes);
-    }
-    if (read / held > best_fill) {
-      best_fill = read / held;
-      best = bytes;
-    }
+  double read = 0.0, held = 0.0;
+  for (const auto& r : rows) {
+    const int64_t row = r[1] * kElement, pieces = (row + bytes - 1) / bytes;
+    read += static_cast<double>(r[0] * row);
+    held += static_cast<double>(r[0] * pieces * bytes);
   }
-  return best;
+  return read / held;
 }
 
-bool layout_of(const Shape& shape, const Room& room, int batch, int slot_bytes, int extra_floats,
-               Layout* layout) {
+int width_of(const Shape& shape, Use use) {
+  const int in = shape.sequential ? shape.hidden : 2 * shape.hidden;
+  const int out = std::max(shape.mlp_width, shape.context());
+  return use == kEnters ? in : use == kLeaves ? out : std::max(in, out);
+}
+
+// The layout with slots of `slot_bytes`.
+bool layout_with(const Shape& shape, const Room& room, int batch, Use use, int extra_floats,
+                 int slot_bytes, Layout* layout) {
   const int lanes = batch == 1 ? 1 : kMaxBatch;  // batch rows that kernels compute
-  const int most = slot_bytes / kElement;
+  const int most = slot_bytes / kElement, warps = room.stream_warps;
   const int pieces = (shape.mlp_width + most - 1) / most + (shape.context() + most - 1) / most + 2;
-  const int rows = (shape.hidden + room.blocks - 1) / room.blocks;
-  const int threads = room.stream_warps;
-  const int inputs = shape.sequential ? std::max({shape.hidden, shape.mlp_width, shape.context()})
-                                      : std::max(2 * shape.hidden,
-                                                 shape.mlp_width + shape.context());
+  const int rows = use == kEnters ? 1 : (shape.hidden + room.blocks - 1) / room.blocks;
   int64_t at = 0;
   const auto take = [&at](int64_t bytes) {
     const int64_t begin = at;
     at = (at + bytes + 127) / 128 * 128;
     return static_cast<int32_t>(begin);
   };
+  *layout = {};
   layout->slot_bytes = slot_bytes;
-  layout->barriers = take(int64_t{8} * threads * kMostSlots);
-  layout->reduce = take(int64_t{4} * (threads * kMaxBatch + 4));
-  layout->x = take(int64_t{4} * batch * shape.hidden);
-  layout->input_stride = inputs;
-  layout->inputs = take(int64_t{kElement} * lanes * inputs);
-  layout->sum_count = std::max({kSumFloats / (room.bulk ? 1 : 2), rows * pieces * lanes,
-                                pieces * lanes, 2 * threads * lanes});
-  layout->sums = take(int64_t{4} * layout->sum_count);
-  const int attend_warps = room.attend_warps > 0 ? room.attend_warps : room.stream_warps;
-  layout->attend = take(int64_t{4} * (attend_floats(shape.head_dim, attend_warps) + extra_floats));
-  const int64_t slots = (room.shared_bytes - at) / (int64_t{threads} * slot_bytes);
+  layout->barriers = take(int64_t{8} * warps * kMostSlots);
+  layout->reduce = take(int64_t{4} * (warps * kMaxBatch + 4));
+  layout->input_stride = width_of(shape, use);
+  layout->inputs = take(int64_t{kElement} * lanes * layout->input_stride);
+  // x is read before the first sum is written
+  layout->sum_count =
+      std::max({batch * shape.hidden, rows * pieces * lanes, 2 * warps * lanes, kLeastSums});
+  layout->x = layout->sums = take(int64_t{4} * layout->sum_count);
+  const int attend_warps = room.attend_warps > 0 ? room.attend_warps : warps;
+  const bool attends = use == kWhole || extra_floats > 0;
+  const int attend = attends ? attend_floats(shape.head_dim, attend_warps) : 0;
+  layout->attend = take(int64_t{4} * (attend + extra_floats));
+  const int64_t slots = (room.shared_bytes - at) / (int64_t{warps} * slot_bytes);
   layout->slots = static_cast<int32_t>(std::min<int64_t>(slots, kMostSlots));
   if (!room.bulk) layout->slots = slots >= AsyncRing::kSlots ? AsyncRing::kSlots : 0;
-  layout->ring = take(int64_t{threads} * std::max(layout->slots, 0) * slot_bytes);
-  layout->total = static_cast<int32_t>(std::min<int64_t>(at, INT32_MAX));
-  return layout->slots >= 2;
+  if (layout->slots < 2) return false;
+  layout->ring = take(int64_t{warps} * layout->slots * slot_bytes);
+  layout->total = static_cast<int32_t>(at);
+  return true;
+}
+
+}  // namespace
+
+bool layout_of(const Shape& shape, const Room& room, int batch, Use use, int extra_floats,
+               Layout* layout) {
+  constexpr double kEnough = 16384.0;  // bytes in flight that half of the memory's rate needs
+  constexpr double kOverhead = 64.0;   // bytes of time that a copy takes besides its own
+  double best = 0.0;
+  for (int bytes = kMostSlot; bytes >= kLeastSlot; bytes -= 128) {
+    Layout tried;
+    if (!layout_with(shape, room, batch, use, extra_floats, bytes, &tried)) continue;
+    const double flight = fill_of(shape, bytes) * room.stream_warps * tried.slots * bytes;
+    const double score = flight / (flight + kEnough) * bytes / (bytes + kOverhead);
+    if (score > best) {
+      best = score;
+      *layout = tried;
+    }
+  }
+  return best > 0.0;
 }
 
 Rope rope_of(const hff_call& call) {

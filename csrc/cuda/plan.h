@@ -1,5 +1,5 @@
-// From the C structs of a call to the parameters of the CUDA kernels: what fits, how rows are cut, and
-// what lies where in shared memory and in the workspace. Host code without a CUDA call.
+// From the C structs of a call to the parameters of the CUDA kernels: what fits, how rows are cut,
+// and what lies where in shared memory and in the workspace. Host code without a CUDA call.
 #pragma once
 
 #include "cuda/chain.cuh"
@@ -11,29 +11,31 @@ namespace cuda {
 
 // Warps, CTAs and shared memory that a kernel may plan with.
 struct Room {
-  bool bulk;         // rings of bulk copies; else of cp.async
-  int blocks;        // CTAs that share rows
+  bool bulk;   // rings of bulk copies; else of cp.async
+  int blocks;  // CTAs that share rows
   int stream_warps, attend_warps;
   int shared_bytes;  // of a CTA
 };
 
-// What all layers of a call have in common; HFF_UNSUPPORTED, with the reason, where the kernels cannot
-// run it. `block` stands for all of them.
+// What all layers of a call have in common; HFF_UNSUPPORTED, with the reason, where the kernels
+// cannot run it. `block` stands for all of them.
 hff_status shape_of(const hff_call& call, const hff_block& block, Shape* shape);
 
-// One layer's matrices, norms and cache, its rows cut for slots of `slot_bytes`. The same of a layer
-// that differs in shape is refused.
+// One layer's matrices, norms and cache, its rows cut for slots of `slot_bytes`. The same of a
+// layer that differs in shape is refused.
 hff_status layer_of(const hff_call& call, const hff_block& block, const hff_cache& cache,
                     const Shape& shape, int slot_bytes, Layer* layer);
-hff_status head_of(const hff_call& call, const hff_model& model, int slot_bytes, Rows* head,
-                   Norm* norm);
+hff_status head_of(const hff_model& model, int slot_bytes, Rows* head, Norm* norm);
+Cache cache_of(const hff_cache& cache);
 
-// Bytes of a ring's slots: of those allowed, the size that a model's rows fill best.
-int slot_bytes_of(const Shape& shape, bool bulk);
+constexpr int kMostSlot = 4096, kLeastSlot = 256;  // bytes of a slot
 
-// False where the inputs leave no room for two slots a warp. rows: sums of pieces held at once, per
-// batch row.
-bool layout_of(const Shape& shape, const Room& room, int batch, int slot_bytes, int extra_floats,
+// What a kernel holds in its inputs: norms of x, up or context, or both in turn.
+enum Use { kEnters, kLeaves, kWhole };
+
+// Shared memory of a CTA, with the ring that keeps most in flight: large, of slots that the rows
+// fill. False where not even two slots a warp are left.
+bool layout_of(const Shape& shape, const Room& room, int batch, Use use, int extra_floats,
                Layout* layout);
 
 Rope rope_of(const hff_call& call);

@@ -7,7 +7,7 @@
 // of 32 threads:
 //   HFF_KERNEL(256) void row_sum(HFF_PARAM(Params) p);   // at most 256 threads, 1 block per SM
 // HFF_DEVICE marks a function that runs in a kernel, HFF_HOST_DEVICE one that runs there and on the
-// host.
+// host, HFF_UNROLL the loop behind it.
 //
 // Where
 //   int thread(), threads(), block(), blocks(), lane(), warp()
@@ -22,14 +22,14 @@
 //
 // Clusters (sm_90 and up; elsewhere a cluster is one block)
 //   int cluster_rank(), cluster_size(), cluster_index()
-//   void cluster_arrive(), cluster_wait()   release, acquire; every thread of the cluster calls both
+//   void cluster_arrive(), cluster_wait()   release, acquire; all threads of the cluster call both
 //   const T* peer(const T* shared, int rank)   the same shared address in block `rank`; that block
 //     must have passed a cluster barrier before, and must not finish before the last read
 //
 // Barriers in shared memory (sm_90 and up): a phase completes when its arrivals and the bytes it
 // expects are complete; phases have parity 0, 1, 0, ...
-//   void barrier_init(Barrier*, int arrivals), barrier_init_fence()   the fence, by the same thread,
-//     makes the barriers visible to copies and to the cluster
+//   void barrier_init(Barrier*, int arrivals), barrier_init_fence()   the fence, by the same thread
+//     and before a block barrier, makes them visible to copies and to the cluster
 //   void barrier_expect(Barrier*, uint32_t bytes)   one arrival that adds `bytes` to the phase,
 //     before their copies start
 //   void barrier_arrive(Barrier*)
@@ -37,7 +37,7 @@
 //     acquire. Phases must not run two ahead of a waiter: parity could not tell.
 //
 // Asynchronous copies, global to shared: 16-byte aligned, sizes positive multiples of 16
-//   void bulk_copy(void* shared, const void* global, uint32_t bytes, Barrier*)   sm_90; L2 evict-first
+//   void bulk_copy(void* shared, const void* global, uint32_t bytes, Barrier*)   sm_90; evict-first
 //   void copy16(void* shared, const void* global)   sm_80; completes with its group:
 //   void copies_commit(); void copies_wait<kPending>()   until all but the last kPending groups of
 //     this thread are there, for this thread
@@ -47,7 +47,7 @@
 //   void store_relaxed(uint32_t*, uint32_t)
 //   void wait_for(const uint32_t* counter, uint32_t target)   spins until counter - target, as a
 //     signed number, is not negative; acquire. HFF_WATCHDOG builds trap after 2 s.
-//   T load_fresh(const T*)   what another block of this kernel wrote, past L1; T of 2, 4, 8, 16 bytes
+//   T load_fresh(const T*)   what another block of this kernel wrote, past L1; 2, 4, 8 or 16 bytes
 //
 // Programmatic dependent launch (sm_90 and up; nothing elsewhere)
 //   void dependents_launch(), dependencies_wait()

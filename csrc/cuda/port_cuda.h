@@ -13,6 +13,7 @@
 #define HFF_HOST_DEVICE __host__ __device__ __forceinline__
 #define HFF_KERNEL(max_threads) __global__ __launch_bounds__(max_threads, 1)
 #define HFF_PARAM(Params) const __grid_constant__ Params
+#define HFF_UNROLL _Pragma("unroll")
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
 #define HFF_PORT_SM90 0
@@ -309,7 +310,7 @@ HFF_DEVICE float from_float(float x) {
 namespace internal {
 HFF_DEVICE void unpack8(const uint4& bits, const half*, float (&out)[8]) {
   const uint32_t words[4] = {bits.x, bits.y, bits.z, bits.w};
-#pragma unroll
+  HFF_UNROLL
   for (int i = 0; i < 4; ++i) {
     __half2 pair;
     memcpy(&pair, &words[i], 4);
@@ -319,7 +320,7 @@ HFF_DEVICE void unpack8(const uint4& bits, const half*, float (&out)[8]) {
 }
 HFF_DEVICE void unpack8(const uint4& bits, const bfloat16*, float (&out)[8]) {
   const uint32_t words[4] = {bits.x, bits.y, bits.z, bits.w};
-#pragma unroll
+  HFF_UNROLL
   for (int i = 0; i < 4; ++i) {
     out[2 * i] = __uint_as_float(words[i] << 16);
     out[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
@@ -359,11 +360,11 @@ HFF_DEVICE void load8_once(const float* p, float (&out)[8]) {
 template <class T>
 HFF_DEVICE void store8(T* p, const float (&in)[8]) {
   T values[8];
-#pragma unroll
+  HFF_UNROLL
   for (int i = 0; i < 8; ++i) values[i] = from_float<T>(in[i]);
   uint4 bits[sizeof(T) / 2];
   memcpy(bits, values, sizeof(values));
-#pragma unroll
+  HFF_UNROLL
   for (int i = 0; i < int(sizeof(T)) / 2; ++i) reinterpret_cast<uint4*>(p)[i] = bits[i];
 }
 

@@ -10,6 +10,7 @@
 #define HFF_HOST_DEVICE inline
 #define HFF_KERNEL(max_threads)
 #define HFF_PARAM(Params) const Params&
+#define HFF_UNROLL
 
 namespace hff {
 namespace port {

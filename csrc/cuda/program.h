@@ -1,6 +1,7 @@
-// What the CUDA kernels are told: shapes, matrices, caches and buffers of one call, by value, so that
-// a captured graph holds them. A schedule is data: a model is a list of spans, a span the pieces that
-// one CTA reads of one matrix, dealt to its warps in turn; plan.cc writes it, tests walk it.
+// What the CUDA kernels are told: shapes, matrices, caches and buffers of one call, by value, so
+// that a captured graph holds them. A schedule is data: a model is a list of spans, a span the
+// pieces that one CTA reads of one matrix, dealt to its warps in turn; plan.cc writes it, tests
+// walk it.
 #pragma once
 
 #include "cuda/port.h"
@@ -9,8 +10,8 @@
 namespace hff {
 namespace cuda {
 
-constexpr int kMaxBatch = 4;    // rows that share one pass over the weights
-constexpr int kMaxLayers = 64;  // 24 KB of the 32,764 bytes that kernel parameters may have
+constexpr int kMaxBatch = 4;     // rows that share one pass over the weights
+constexpr int kMaxLayers = 64;   // 24 KB of the 32,764 bytes that kernel parameters may have
 constexpr int kStreamWarps = 8;  // warps that multiply: 8 rings, 8 chains of FMA for 4 schedulers
 constexpr int kAttendWarps = 4;  // warps of the token kernel that attend meanwhile
 constexpr int kMaxThreads = 32 * (kStreamWarps + kAttendWarps);
@@ -79,12 +80,12 @@ struct Counters {
   struct alignas(128) Line {
     uint32_t value;
   };
-  Line ready;     // CTAs whose rows of [qkv | up] are stored
-  Line attended;  // heads whose context is stored
-  Line summed;    // CTAs whose rows of the residual stream are stored
-  Line searched;  // CTAs whose largest logits are stored
-  Line finished;  // CTAs that are through
-  Line chunks[8];  // clusters whose part of O is stored, per rank
+  Line ready;                        // CTAs whose rows of [qkv | up] are stored
+  Line attended;                     // heads whose context is stored
+  Line summed;                       // CTAs whose rows of the residual stream are stored
+  Line searched;                     // CTAs whose largest logits are stored
+  Line finished;                     // CTAs that are through
+  Line chunks[8];                    // clusters whose part of O is stored, per rank
   uint32_t splits[kMaxBatch * 256];  // per batch row and head: parts of the keys attended to
 };
 
@@ -95,7 +96,7 @@ struct Scratch {
   void* qkv;      // (batch, qkv): T, before RoPE
   void* up;       // (batch, mlp_width): T, after the activation
   void* context;  // (batch, context): T
-  float* parts;   // (batch, heads, splits, head_dim + 2): o, m, l; or (kv_heads, batch, hidden) of O
+  float* parts;  // (batch, heads, splits, head_dim + 2): o, m, l; or (kv_heads, batch, hidden) of O
   uint64_t* best;  // (blocks, batch): largest logit and its index
 };
 
@@ -103,12 +104,12 @@ struct Scratch {
 struct Layout {
   int32_t slots, slot_bytes;  // of each warp's ring
   int32_t barriers, ring;     // (warps, slots) Barrier; (warps, slots, slot_bytes)
-  int32_t x;                  // (batch, hidden) float
   int32_t inputs;             // (batch, input_stride) T: what the next rows are multiplied by
   int32_t input_stride;
-  int32_t sums, sum_count;    // float: dots of pieces
-  int32_t reduce;             // float (warps, batch) of statistics
-  int32_t attend;             // float: Attend's scratch
+  int32_t x;                // (batch, hidden) float, until the norms are taken; then
+  int32_t sums, sum_count;  // float: dots of pieces
+  int32_t reduce;           // float (warps, batch) of statistics
+  int32_t attend;           // float: Attend's scratch
   int32_t total;
 };
 
@@ -122,7 +123,7 @@ struct Source {
   const void* embedding;  // (vocab, hidden) T, with ids; or
   const int64_t* ids;     // (batch), id_stride apart
   int64_t id_stride, vocab;
-  const void* x;          // (batch, hidden) T; or, where both are null, Scratch::x
+  const void* x;  // (batch, hidden) T; or, where both are null, Scratch::x
 };
 
 // What one CTA reads of one matrix: `units` pieces, row by row, `stride` bytes from row to row.
@@ -131,11 +132,11 @@ struct Span {
   int64_t stride;
   int32_t first, count;  // rows
   int32_t units, pieces;
-  int32_t piece, last;   // bytes of a row's pieces but the last, of the last
+  int32_t piece, last;  // bytes of a row's pieces but the last, of the last
 };
 
-// Whether a kernel with bulk copies, or without, is compiled for the architecture at hand: one of the
-// two has a body there.
+// Whether a kernel with bulk copies, or without, is compiled for the architecture at hand: one of
+// the two has a body there.
 HFF_HOST_DEVICE constexpr bool compiled_here(bool bulk) {
 #if defined(__CUDA_ARCH__)
   return bulk == (__CUDA_ARCH__ >= 900);

@@ -5,9 +5,9 @@
 // lasts, memory goes on filling rings: 192 KB an SM are 5 us of an H200's 4.3 TB/s.
 // Each warp has a ring of its own and one lane is its producer: no warp waits for another, and no
 // warp is spent on copying. A slot is free again after sync_warp().
-// BulkRing (sm_90 and up): one bulk copy a piece, completion counted in bytes by an mbarrier a slot.
-// AsyncRing (sm_80): 16 bytes a lane and cp.async, one commit group a piece, so that the oldest is
-// there when at most kSlots - 1 are pending.
+// BulkRing (sm_90 and up): one bulk copy a piece, completion counted in bytes by an mbarrier a
+// slot. AsyncRing (sm_80): 16 bytes a lane and cp.async, one commit group a piece, so that the
+// oldest is there when at most kSlots - 1 are pending.
 #pragma once
 
 #include "cuda/program.h"
@@ -89,8 +89,8 @@ struct AsyncRing {
   }
 };
 
-// The pieces that warp `warp` of `warps` meets: units warp, warp + warps, ... of every span in turn.
-// Program: bool span(int index, Span&), false past the end; spans may be empty.
+// The pieces that warp `warp` of `warps` meets: units warp, warp + warps, ... of every span in
+// turn. Program: bool span(int index, Span&), false past the end; spans may be empty.
 template <class Program>
 struct Walk {
   Program program;

@@ -1,20 +1,22 @@
-// A whole token in one launch: embedding, layers, last norm, head, and the index of the largest logit.
+// A whole token in one launch: embedding, layers, last norm, head, and the index of the largest
+// logit.
 //
 // One CTA an SM, all resident, two kinds of warps that share nothing but counters:
-//   Streamer  kStreamWarps warps multiply: phase A (qkv and up, from norms of x), then phase C (down
+//   Streamer  kStreamWarps warps multiply: phase A (qkv and up, from norms of x), then phase C
+//   (down
 //             from up, o from context, plus x), layer after layer, then the head. Their rings run
 //             ahead of every wait.
-//   Attender  kAttendWarps warps attend to (batch row, head, split) items meanwhile: beside the down
+//   Attender  kAttendWarps warps attend to (batch row, head, split) items meanwhile: beside the
+//   down
 //             projection, which does not need them.
 // Waits between CTAs, a layer with parallel residual: `ready` (all of [qkv | up] stored) by both
-// kinds, `attended` (all contexts stored) before the o projection only, `summed` (the residual stream
-// stored) before the next layer: two that everyone passes, one that is hidden. Sequential residual:
-// qkv | attention | o | up | down, four.
-// A wait: a barrier of the group, one release-add by its first thread; one thread polls by acquire,
-// a barrier. Counters rise by the number of CTAs a hop, targets with them, and the last CTA to finish
-// sets them to zero and moves the cache lengths.
-// Bytes: every weight once, the cache once (twice what a second query head of a group reads, from
-// L2); activations are a thousandth. The bound is the memory's read stream.
+// kinds, `attended` (all contexts stored) before the o projection only, `summed` (the residual
+// stream stored) before the next layer: two that everyone passes, one that is hidden. Sequential
+// residual: qkv | attention | o | up | down, four. A wait: a barrier of the group, one release-add
+// by its first thread; one thread polls by acquire, a barrier. Counters rise by the number of CTAs
+// a hop, targets with them, and the last CTA to finish sets them to zero and moves the cache
+// lengths. Bytes: every weight once, the cache once (twice what a second query head of a group
+// reads, from L2); activations are a thousandth. The bound is the memory's read stream.
 #pragma once
 
 #include "cuda/phases.cuh"
@@ -145,14 +147,14 @@ struct Attender {
     const uint32_t per_layer = static_cast<uint32_t>(halves(p.shape));
     const int splits = p.team.splits, items = p.batch * p.shape.heads * splits;
     for (int l = 0; l < p.layer_count; ++l) {
-      hops.wait(p.scratch.counters->ready, (static_cast<uint32_t>(l) * per_layer + 1) * hops.blocks);
+      hops.wait(p.scratch.counters->ready,
+                (static_cast<uint32_t>(l) * per_layer + 1) * hops.blocks);
       for (int item = port::block(); item < items; item += port::blocks()) {
         const int index = item / splits, b = index / p.shape.heads;
         const bool stored =
             attend_split<T>(group, p.shape, p.scratch, p.layers[l].cache, p.rope, p.mask, b,
                             index - b * p.shape.heads, item - index * splits, splits, shared);
-        if (stored && group.rank() == 0)
-          port::add_acq_rel(&p.scratch.counters->attended.value, 1);
+        if (stored && group.rank() == 0) port::add_acq_rel(&p.scratch.counters->attended.value, 1);
       }
     }
   }

@@ -37,9 +37,16 @@ struct Spot {
 
 // Ids or positions: int64, each below `limit`.
 struct Indices {
+  const char* name;
   Array array;
   int64_t limit;
   bool read;  // every element between the strides' gaps is looked up
+};
+
+// On a device, (batch) int64: the index of the largest of each row of logits, the first of equals.
+struct Greedy {
+  Array next, logits;
+  int64_t vocab = 0;
 };
 
 // A pointer into a copied struct that a fuzzer may change.
@@ -98,6 +105,7 @@ class Case {
   std::vector<Result> results;
   std::vector<Array> lengths;  // cells a successful call advances, by `queries`
   int64_t queries = 0;
+  Greedy greedy;
   std::vector<Spot> spots;
   // Outputs that depend on one and the same rounded number err together: how many groups there are,
   // at least.
@@ -209,7 +217,8 @@ struct Design {
   bool exact = false;  // integers (linear) or one visible key (attention): bit equality is asked
   // Benchmarks: fixed shapes.
   int64_t hidden = 0, width = 0, heads = 0, past = -1, queries = 0, batch = 0, layers = 0,
-          vocab = 0;  // past -1: no cache
+          vocab = 0, mlp = 0;  // past -1: no cache; mlp 0: 4 * hidden
+  int32_t residual = HFF_RESIDUAL_PARALLEL, stage = HFF_STAGE_FULL;
   bool packed = false;
 };
 
@@ -244,6 +253,7 @@ int32_t draw_dtype(Random& random, const Design& design);
 // NaN and Inf into the keys and values of every past token that no query of its batch row sees.
 void spoil_unseen(Random& random, const CallData& call, const CacheData& cache);
 int32_t draw_precision(Random& random);
+int32_t draw_residual(Random& random);
 // Few rows or many, with a cache or without, ragged or not (then without RoPE), causality, positions,
 // rotary tables and mask.
 CallData draw_call(Random& random, Arena& arena, const Design& design, int32_t dtype,
@@ -251,6 +261,8 @@ CallData draw_call(Random& random, Arena& arena, const Design& design, int32_t d
 // The cache of a call, appended rows among the results; nothing for a call without.
 CacheData draw_cache(Random& random, Case& c, const Design& design, const CallData& call,
                      const HeadsData& heads);
+// On the device, at times: rows longer than a slot of its rings, more rows than it sums at once.
+void draw_long_rows(Random& random, int64_t* hidden, int64_t* mlp);
 
 }  // namespace hff_test
 #endif

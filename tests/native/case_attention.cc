@@ -26,8 +26,8 @@ class AttentionCase : public CaseOf<AttentionCase> {
     if (call_.cached) results.push_back(appended("keys", cache_.keys, cache_, call_.queries));
     if (call_.cached) results.push_back(appended("values", cache_.values, cache_, call_.queries));
     independent_errors = call_.rows() * heads_.heads;  // a score errs for its whole head
-    if (call_.positions)
-      indices.push_back({call_.positions, call_.rope_rows, heads_.rotary_dim > 0});
+    if (call_.positions && !call_.counted)
+      indices.push_back({"positions", call_.positions, call_.rope_rows, heads_.rotary_dim > 0});
     spots = {{"qkv", qkv_, stride_}};
   }
 

@@ -14,23 +14,23 @@ class BlockCase : public CaseOf<BlockCase> {
         random.chance(0.4) ? heads.width() : random.pick<int64_t>({37, 64, random.range(1, 200)});
     int64_t mlp = random.chance(0.4) ? 4 * hidden : random.range(1, 300);
     if (tiny) hidden = random.range(1, 18), mlp = random.range(1, 20);
+    draw_long_rows(random, &hidden, &mlp);
+    hidden = fitting(hidden), mlp = fitting(mlp);
     if (designed) {
       heads.heads = heads.kv_heads = design.heads;
       heads.head_dim = design.hidden / design.heads;
       heads.rotary_dim = heads.head_dim / 4 / 2 * 2;
       heads.layout = HFF_QKV_PER_HEAD;
       hidden = design.hidden;
-      mlp = 4 * hidden;
+      mlp = design.mlp ? design.mlp : 4 * hidden;
     }
-    stage_ = designed ? HFF_STAGE_FULL
+    stage_ = designed ? design.stage
                       : static_cast<int32_t>(random.range(HFF_STAGE_ATTENTION, HFF_STAGE_FULL));
     call_ = draw_call(random, arena, design, dtype_, heads, false);
     if (call_.rows() > CallData::kFewRows && !designed)
       mlp = std::min<int64_t>(mlp, 130), hidden = std::min<int64_t>(hidden, 130);
     block_ = BlockData::random(random, arena, dtype_, heads, hidden, mlp,
-                               designed ? HFF_RESIDUAL_PARALLEL
-                                        : static_cast<int32_t>(random.range(
-                                              HFF_RESIDUAL_PARALLEL, HFF_RESIDUAL_POST_NORM)),
+                               designed ? design.residual : draw_residual(random),
                                static_cast<int32_t>(random.range(HFF_ACT_NONE, HFF_ACT_SILU)),
                                random.pick<int32_t>({HFF_NORM_LAYER, HFF_NORM_RMS}));
     for (LinearData* l : linears()) l->wants_panels &= !designed || design.packed;
@@ -50,8 +50,9 @@ class BlockCase : public CaseOf<BlockCase> {
     }
     if (call_.cached) results.push_back(appended("keys", cache_.keys, cache_, call_.queries));
     if (call_.cached) results.push_back(appended("values", cache_.values, cache_, call_.queries));
-    if (call_.positions)
-      indices.push_back({call_.positions, call_.rope_rows, block_.heads.rotary_dim > 0});
+    if (call_.positions && !call_.counted)
+      indices.push_back(
+          {"positions", call_.positions, call_.rope_rows, block_.heads.rotary_dim > 0});
     spots = {{"x", x_, hidden}};
   }
 
@@ -63,7 +64,9 @@ class BlockCase : public CaseOf<BlockCase> {
   bool has_rows(int64_t first, int64_t count) const override {
     return call_.first_row(first + count) > call_.first_row(first);
   }
-  int64_t fewest_alike() const override { return call_.fewest_alike(block_.row_kernels()); }
+  int64_t fewest_alike() const override {
+    return on_device() ? call_.batch : call_.fewest_alike(block_.row_kernels());
+  }
   int64_t bytes_read() const override {
     const HeadsData& h = block_.heads;
     return block_.weight_bytes() +
@@ -71,16 +74,18 @@ class BlockCase : public CaseOf<BlockCase> {
   }
   std::string shape() const override {
     constexpr const char* kResiduals[] = {" parallel", " sequential", " post-norm"};
-    return describe(call_, block_.heads) + " hidden " + std::to_string(block_.hidden) + " mlp " +
-           std::to_string(block_.mlp_width) + kResiduals[block_.residual] +
-           (block_.separate() ? " q, k, v" : " qkv") + " activation " +
-           std::to_string(block_.activation) + (block_.attention_norm.kind ? " rms" : " layer") +
-           " stage " + std::to_string(stage_);
+    return describe_device() + describe(call_, block_.heads) + " hidden " +
+           std::to_string(block_.hidden) + " mlp " + std::to_string(block_.mlp_width) +
+           kResiduals[block_.residual] + (block_.separate() ? " q, k, v" : " qkv") +
+           " activation " + std::to_string(block_.activation) +
+           (block_.attention_norm.kind ? " rms" : " layer") + " stage " + std::to_string(stage_);
   }
 
   hff_status call_rows(int64_t first, int64_t count, int32_t threads) override {
     const hff_block block = block_.abi();
-    const hff_call call = call_.abi(threads, first, count);
+    hff_call call = call_.abi(threads, first, count);
+    const hff_status status = place(&call, block);
+    if (status != HFF_OK) return status;
     const hff_cache cache = cache_.abi(first);
     const hff_block_io io = make_io(first);
     return hff_block_forward(&call, &block, call_.cached ? &cache : nullptr, &io);
@@ -91,6 +96,8 @@ class BlockCase : public CaseOf<BlockCase> {
     hff_call call = call_.abi(1, 0, call_.batch, true);
     hff_cache cache = cache_.abi();
     hff_block_io io = make_io(0);
+    const hff_status status = place(&call, block);
+    if (status != HFF_OK) return status;
     std::vector<Field> fields;
     list_fields(fields, call);
     list_fields(fields, block);

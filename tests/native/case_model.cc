@@ -17,12 +17,16 @@ class ModelCase : public CaseOf<ModelCase> {
             layers = random.range(1, tiny ? 2 : 3);
     vocab_ = random.range(1, tiny ? 9 : 90);
     if (tiny) hidden_ = random.range(4, 18), mlp = random.range(1, 20);
+    if (on_device() && random.chance(0.1)) vocab_ = random.range(500, 1200);
+    draw_long_rows(random, &hidden_, &mlp);
+    hidden_ = fitting(hidden_), mlp = fitting(mlp);
     if (design.heads) {
       heads.heads = heads.kv_heads = design.heads;
       heads.head_dim = design.hidden / design.heads;
       heads.rotary_dim = heads.head_dim / 4 / 2 * 2;
       heads.layout = HFF_QKV_PER_HEAD;
-      hidden_ = design.hidden, mlp = 4 * hidden_, layers = design.layers, vocab_ = design.vocab;
+      hidden_ = design.hidden, layers = design.layers, vocab_ = design.vocab;
+      mlp = design.mlp ? design.mlp : 4 * hidden_;
     }
     call_ = draw_call(random, arena, design, dtype_, heads, true);
     if (call_.rows() > CallData::kFewRows && !design.heads) {
@@ -30,24 +34,22 @@ class ModelCase : public CaseOf<ModelCase> {
       layers = std::min<int64_t>(layers, 2);
     }
     const int32_t kind = random.pick<int32_t>({HFF_NORM_LAYER, HFF_NORM_RMS});
-    const int32_t residual =
-        design.heads
-            ? HFF_RESIDUAL_PARALLEL
-            : static_cast<int32_t>(random.range(HFF_RESIDUAL_PARALLEL, HFF_RESIDUAL_POST_NORM));
+    const int32_t residual = design.heads ? design.residual : draw_residual(random);
     const int32_t activation = static_cast<int32_t>(random.range(HFF_ACT_GELU_ERF, HFF_ACT_SILU));
     for (int64_t layer = 0; layer < layers; ++layer) {
       blocks_.push_back(BlockData::random(random, arena, dtype_, heads, hidden_, mlp, residual,
                                           activation, kind));
       caches_.push_back(draw_cache(random, *this, design, call_, heads));
     }
-    if (call_.positions)
-      indices.push_back({call_.positions, call_.rope_rows, blocks_[0].heads.rotary_dim > 0});
+    if (call_.positions && !call_.counted)
+      indices.push_back(
+          {"positions", call_.positions, call_.rope_rows, blocks_[0].heads.rotary_dim > 0});
     if (design.heads || random.chance(0.8))
       norm_ = NormData::random(random, arena, dtype_, hidden_, kind);
     fill_inputs(random);
     add_outputs(random, design.heads > 0);
     for (LinearData* l : linears()) l->wants_panels &= !design.heads || design.packed;
-    if (ids_) indices.push_back({ids_, vocab_, true});
+    if (ids_) indices.push_back({"ids", ids_, vocab_, true});
     spots = {x_ ? Spot{"x", x_, hidden_} : Spot{"embedding", embedding_, hidden_}};
   }
 
@@ -67,6 +69,7 @@ class ModelCase : public CaseOf<ModelCase> {
     return call_.first_row(first + count) > call_.first_row(first);
   }
   int64_t fewest_alike() const override {
+    if (on_device()) return call_.batch;
     bool row_kernels = true;
     for (const BlockData& block : blocks_) row_kernels = row_kernels && block.row_kernels();
     const int64_t few = CallData::kFewRows, layers = call_.fewest_alike(row_kernels);
@@ -83,9 +86,9 @@ class ModelCase : public CaseOf<ModelCase> {
   }
   std::string shape() const override {
     constexpr const char* kResiduals[] = {" parallel", " sequential", " post-norm"};
-    return describe(call_, blocks_[0].heads) + " hidden " + std::to_string(hidden_) + " mlp " +
-           std::to_string(blocks_[0].mlp_width) + " layers " + std::to_string(blocks_.size()) +
-           kResiduals[blocks_[0].residual] + " activation " +
+    return describe_device() + describe(call_, blocks_[0].heads) + " hidden " +
+           std::to_string(hidden_) + " mlp " + std::to_string(blocks_[0].mlp_width) + " layers " +
+           std::to_string(blocks_.size()) + kResiduals[blocks_[0].residual] + " activation " +
            std::to_string(blocks_[0].activation) +
            (!norm_.weight ? " no norm"
             : norm_.kind  ? " rms"
@@ -95,10 +98,12 @@ class ModelCase : public CaseOf<ModelCase> {
   }
 
   hff_status call_rows(int64_t first, int64_t count, int32_t threads) override {
-    const hff_call call = call_.abi(threads, first, count);
+    hff_call call = call_.abi(threads, first, count);
     std::vector<hff_block> blocks;
     std::vector<hff_cache> caches;
     const hff_model model = make_model(first, blocks, caches);
+    const hff_status status = place(&call, model);
+    if (status != HFF_OK) return status;
     const hff_model_io io = make_io(first);
     return hff_model_forward(&call, &model, call_.cached ? caches.data() : nullptr, &io);
   }
@@ -109,6 +114,8 @@ class ModelCase : public CaseOf<ModelCase> {
     std::vector<hff_cache> caches;
     hff_model model = make_model(0, blocks, caches);
     hff_model_io io = make_io(0);
+    const hff_status status = place(&call, model);
+    if (status != HFF_OK) return status;
     std::vector<Field> fields;
     list_fields(fields, call);
     list_fields(fields, blocks.back());
@@ -215,6 +222,7 @@ class ModelCase : public CaseOf<ModelCase> {
       head_ = LinearData::random(random, arena, dtype_, vocab_, hidden_);
       logits_ = arena.output(dtype_, call_.batch * keep_ * vocab_);
       results.push_back(contiguous("logits", logits_));
+      if (on_device()) greedy = {arena.output(kInt64, call_.batch), logits_, vocab_};
     }
     for (const CacheData& cache : caches_) {
       if (!call_.cached) break;
@@ -247,6 +255,7 @@ class ModelCase : public CaseOf<ModelCase> {
     io.id_query_stride = id_query_stride_;
     io.x = x_.input_from(call_.first_row(first) * hidden_);
     io.logits = logits_.output_from(first * keep_ * vocab_);
+    if (on_device()) io.next = greedy.next.output_from(first);
     io.hidden = hidden_out_.output_from(call_.first_row(first) * hidden_);
     io.keep = keep_;
     return io;

@@ -28,7 +28,7 @@ struct CacheData {
     c.head_dim = h.head_dim;
     c.past = past;
     c.capacity = past + queries + (random.chance(0.5) ? random.range(0, 9) : 0);
-    const int64_t gap = random.chance(0.3) ? random.range(1, 5) : 0;
+    const int64_t gap = fitting(random.chance(0.3) ? random.range(1, 5) : 0);
     if (random.chance(0.7)) {  // (batch, heads, capacity, head_dim)
       c.token_stride = c.head_dim + gap;
       c.head_stride = c.capacity * c.token_stride + gap;
@@ -104,6 +104,7 @@ struct CallData {
   Array starts;  // int64 (batch + 1), or none: every sequence has `queries` rows
   Array positions, cos, sin;
   int64_t position_batch_stride = 0, position_query_stride = 0, rope_rows = 0;
+  bool counted = false;  // positions are not given: they count on from the cache's length
   MaskData mask;
 
   int64_t first_row(int64_t b) const {
@@ -134,7 +135,8 @@ struct CallData {
     call.queries = queries;
     call.causal = causal ? 1 : 0;
     call.starts = starts_of(first, count, own_starts || count < batch);
-    call.positions = positions.input_from(first * position_batch_stride);
+    if (!counted || !on_device())
+      call.positions = positions.input_from(first * position_batch_stride);
     call.position_batch_stride = position_batch_stride;
     call.position_query_stride = position_query_stride;
     call.cos = cos.input();

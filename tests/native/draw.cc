@@ -4,8 +4,15 @@
 namespace hff_test {
 
 int32_t draw_dtype(Random& random, const Design& design) {
-  const int32_t drawn = random.pick<int32_t>({HFF_F32, HFF_BF16, HFF_F16});
+  int32_t drawn = random.pick<int32_t>({HFF_F32, HFF_BF16, HFF_F16});
+  if (on_device() && drawn == HFF_F32) drawn = random.pick<int32_t>({HFF_BF16, HFF_F16});
   return design.dtype >= 0 ? design.dtype : drawn;
+}
+
+int32_t draw_residual(Random& random) {
+  const int32_t drawn =
+      static_cast<int32_t>(random.range(HFF_RESIDUAL_PARALLEL, HFF_RESIDUAL_POST_NORM));
+  return on_device() && drawn == HFF_RESIDUAL_POST_NORM ? HFF_RESIDUAL_SEQUENTIAL : drawn;
 }
 
 int32_t draw_precision(Random& random) {
@@ -132,6 +139,13 @@ void spoil_unseen(Random& random, const CallData& call, const CacheData& cache) 
   }
 }
 
+void draw_long_rows(Random& random, int64_t* hidden, int64_t* mlp) {
+  if (!on_device() || !random.chance(0.15)) return;
+  const int64_t length = random.range(780, 2700), narrow = random.range(8, 24);
+  const bool wide = random.chance(0.3);
+  *hidden = wide ? length : narrow, *mlp = wide ? narrow : length;
+}
+
 namespace {
 
 // At most 16 rows, or more: one long prompt, many short ones, or many sequences of one token.
@@ -140,6 +154,8 @@ void draw_rows(Random& random, bool tiny, CallData& call) {
   call.queries = random.range(1, std::min<int64_t>(16 / call.batch, tiny ? 3 : 16));
   if (random.chance(0.5)) call.queries = 1;
   if (tiny) call.batch = std::min<int64_t>(call.batch, 3);
+  if (on_device()) call.batch = std::min<int64_t>(call.batch, 4), call.queries = 1;
+  if (on_device()) return;
   if (!random.chance(tiny ? 0.2 : 0.35)) return;
   switch (random.range(0, 3)) {
     case 0:
@@ -168,7 +184,7 @@ CallData draw_call(Random& random, Arena& arena, const Design& design, int32_t d
                                     random.range(500, 530), random.range(1000, 1100)});
   if (tiny) call.past = random.range(0, 9);
   if (call.rows() > 16) call.past = std::min<int64_t>(call.past, 6000 / call.rows());
-  call.cached = random.chance(0.7);
+  call.cached = on_device() || random.chance(0.7);
   call.causal = random.chance(call.cached ? 0.9 : 0.5);
   bool ragged = !call.cached && random.chance(0.4);
   if (designed) {
@@ -180,6 +196,11 @@ CallData draw_call(Random& random, Arena& arena, const Design& design, int32_t d
   if (!call.cached) call.past = 0;
   if (ragged) heads.rotary_dim = 0;
   fill_rotary(random, arena, heads, call);
+  if (on_device() && call.positions && random.chance(0.3)) {  // as the kernels count by themselves
+    call.counted = true;
+    for (int64_t i = 0; i < call.positions.count; ++i)
+      call.positions.set(i, static_cast<double>(call.past));
+  }
   if (ragged) fill_starts(random, arena, call);
   const int32_t kind =
       random.pick<int32_t>({HFF_MASK_NONE, HFF_MASK_BOOL, HFF_MASK_INT64, HFF_MASK_ADDITIVE});

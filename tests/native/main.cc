@@ -5,10 +5,10 @@
 //   trial
 //   --trials N     per row and instruction set, instead of the row's own count
 //   --only a,b     rows (parity, exact, differential, determinism, edge, panels, strides, host,
-//   threads, fork, openmp, allocation)
+//   threads, fork, openmp, allocation; of cuda also seeds, values, unsupported, schedules)
 //                  and kernels (norm, linear, attention, block, model, pack)
 //   --isa NAME     one instruction set instead of all the machine has; one that is absent is an
-//   error
+//   error. "cuda", which is none of those: CUDA kernels on host fibers, in builds with HFF_EMULATE
 //   --threads N    bench: width of the team
 // Exit status: 0 all clean, 1 a failure, 2 a wrong command line.
 #include <cinttypes>
@@ -72,25 +72,31 @@ std::vector<std::string> instruction_sets(const Options& options) {
   return names;
 }
 
+enum Where { kHost, kDevice, kEither };
 struct RowEntry {
   const char* name;
   bool (*run)(const Options&, const std::string&);
+  Where where;
 };
-constexpr RowEntry kRows[] = {{"host", run_host},
-                              {"exact", run_exact},
-                              {"parity", run_parity},
-                              {"edge", run_edge},
-                              {"differential", run_differential},
-                              {"determinism", run_determinism},
-                              {"panels", run_panels},
-                              {"strides", run_strides},
-                              {"allocation", run_allocation},
-                              {"threads", run_threads},
-                              {"fork", run_fork},
-                              {"openmp", run_openmp}};
+constexpr RowEntry kRows[] = {{"host", run_host, kHost},
+                              {"exact", run_exact, kHost},
+                              {"schedules", run_schedules, kDevice},
+                              {"unsupported", run_unsupported, kDevice},
+                              {"parity", run_parity, kEither},
+                              {"edge", run_edge, kEither},
+                              {"differential", run_differential, kEither},
+                              {"determinism", run_determinism, kEither},
+                              {"values", run_values, kDevice},
+                              {"seeds", run_seeds, kDevice},
+                              {"panels", run_panels, kHost},
+                              {"strides", run_strides, kHost},
+                              {"allocation", run_allocation, kHost},
+                              {"threads", run_threads, kHost},
+                              {"fork", run_fork, kHost},
+                              {"openmp", run_openmp, kHost}};
 
 bool run_isa(const Options& options, const std::string& isa) {
-  if (hff_select_isa(isa.c_str()) != HFF_OK) {
+  if (!select_isa(isa)) {
     std::printf("isa %s: %s\n", isa.c_str(), hff_last_error());
     return false;
   }
@@ -98,7 +104,8 @@ bool run_isa(const Options& options, const std::string& isa) {
   if (options.mode == "bench") return run_bench(options, isa);
   bool clean = true;
   for (const RowEntry& row : kRows) {
-    if (options.wants_row(row.name)) clean = row.run(options, isa) && clean;
+    const bool here = row.where == kEither || (row.where == kDevice) == on_device();
+    if (here && options.wants_row(row.name)) clean = row.run(options, isa) && clean;
   }
   return clean;
 }

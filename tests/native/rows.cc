@@ -19,6 +19,7 @@ bool run_trials(const Options& options, Tally& tally, int64_t standard, const Bo
   for (int64_t i = 0; i < options.count(standard); ++i) {
     const uint64_t seed = options.seed + static_cast<uint64_t>(i);
     Random random(seed);
+    draw_device(random);
     body(random, seed);
   }
   return tally.print();
@@ -28,7 +29,7 @@ bool run_trials(const Options& options, Tally& tally, int64_t standard, const Bo
 
 bool run_parity(const Options& options, const std::string& isa) {
   Tally tally(options, "parity", "row 1, 13 kernel parity on guard pages", isa);
-  return run_trials(options, tally, 2000, [&](Random& random, uint64_t seed) {
+  return run_trials(options, tally, on_device() ? 300 : 2000, [&](Random& random, uint64_t seed) {
     const Kernel& kernel = pick_kernel(random, options);
     tally.begin(seed, kernel.name);
     const auto c = kernel.make(random, Design{});
@@ -65,32 +66,36 @@ bool run_exact(const Options& options, const std::string& isa) {
 bool run_differential(const Options& options, const std::string& isa) {
   Tally tally(options, "differential", "row 9 scalar against", isa);
   if (isa == "scalar") return true;
-  const bool clean = run_trials(options, tally, 10000, [&](Random& random, uint64_t seed) {
-    const Kernel& kernel = pick_kernel(random, options);
-    tally.begin(seed, kernel.name);
-    if (kernel.make == make_pack) return tally.end("");  // panels are each instruction set's own
-    Design design;
-    design.size = Size::kTiny;
-    const auto c = kernel.make(random, design);
-    tally.describe(c->shape());
-    hff_select_isa("scalar");
-    std::string failure = run_trial(*c, 1, [](Case& done) { return check_parity(done, nullptr); });
-    hff_select_isa(isa.c_str());
-    if (!failure.empty()) failure = "scalar: " + failure;
-    c->restore();
-    if (c->precision() != HFF_PRECISION_HIGHEST) c->compute_reference();  // by this set's products
-    if (failure.empty()) failure = call_checked(*c, 0, c->independent_rows(), 1);
-    if (failure.empty()) failure = check_memory(*c);
-    if (failure.empty()) failure = check_parity(*c, nullptr);
-    tally.end(failure);
-  });
+  const bool clean =
+      run_trials(options, tally, on_device() ? 500 : 10000, [&](Random& random, uint64_t seed) {
+        const Kernel& kernel = pick_kernel(random, options);
+        tally.begin(seed, kernel.name);
+        if (kernel.make == make_pack)
+          return tally.end("");  // panels are each instruction set's own
+        Design design;
+        design.size = Size::kTiny;
+        const auto c = kernel.make(random, design);
+        tally.describe(c->shape());
+        select_isa("scalar");
+        std::string failure =
+            run_trial(*c, 1, [](Case& done) { return check_parity(done, nullptr); });
+        select_isa(isa);
+        if (!failure.empty()) failure = "scalar: " + failure;
+        c->restore();
+        if (c->precision() != HFF_PRECISION_HIGHEST)
+          c->compute_reference();  // by this set's products
+        if (failure.empty()) failure = call_checked(*c, 0, c->independent_rows(), 1);
+        if (failure.empty()) failure = check_memory(*c);
+        if (failure.empty()) failure = check_parity(*c, nullptr);
+        tally.end(failure);
+      });
   return clean;
 }
 
 bool run_determinism(const Options& options, const std::string& isa) {
   Tally tally(options, "determinism",
               "row 16 bits: threads 1, 2, 3, 7; repeats; batch row alone; not packed", isa);
-  return run_trials(options, tally, 200, [&](Random& random, uint64_t seed) {
+  return run_trials(options, tally, on_device() ? 60 : 200, [&](Random& random, uint64_t seed) {
     const Kernel& kernel = pick_kernel(random, options);
     tally.begin(seed, kernel.name);
     const auto c = kernel.make(random, Design{});
@@ -174,7 +179,7 @@ std::string spoil(Random& random, Case& c, Awkward kind) {
 
 bool run_edge(const Options& options, const std::string& isa) {
   Tally tally(options, "edge", "row 27 edge numerics", isa);
-  return run_trials(options, tally, 300, [&](Random& random, uint64_t seed) {
+  return run_trials(options, tally, on_device() ? 150 : 300, [&](Random& random, uint64_t seed) {
     const Kernel& kernel = pick_kernel(random, options);
     tally.begin(seed, kernel.name);
     const auto kind = static_cast<Awkward>(random.range(kNan, kMean));

@@ -103,6 +103,21 @@ std::string judge(const Result& r, bool* relaxed, double floor, const Counts& co
   return "";
 }
 
+// NaN is the largest.
+std::string check_greedy(const Greedy& greedy) {
+  for (int64_t b = 0; b < greedy.next.count; ++b) {
+    int64_t best = 0;
+    const auto at = [&](int64_t i) { return greedy.logits.get(b * greedy.vocab + i); };
+    for (int64_t i = 1; i < greedy.vocab; ++i) {
+      if (at(i) > at(best) || (std::isnan(at(i)) && !std::isnan(at(best)))) best = i;
+    }
+    if (greedy.next.get(b) != static_cast<double>(best))
+      return "next[" + std::to_string(b) + "] is " + number(greedy.next.get(b)) + ", logit " +
+             std::to_string(best) + " is the largest";
+  }
+  return "";
+}
+
 enum class Class { kNan, kPlusInf, kMinusInf, kZero, kFinite };
 
 Class class_of(double value) {
@@ -122,13 +137,13 @@ bool Options::wants_row(const std::string& row) const {
 }
 
 std::vector<const Kernel*> Options::kernels() const {
-  std::vector<const Kernel*> chosen;
+  std::vector<const Kernel*> chosen, all;
   for (const Kernel& kernel : kKernels) {
+    if (on_device() && kernel.make != make_block && kernel.make != make_model) continue;
+    all.push_back(&kernel);
     if (only.count(kernel.name)) chosen.push_back(&kernel);
   }
-  if (chosen.empty()) {
-    for (const Kernel& kernel : kKernels) chosen.push_back(&kernel);
-  }
+  if (chosen.empty()) chosen = all;
   return chosen;
 }
 
@@ -157,7 +172,13 @@ void Tally::begin(uint64_t seed, const std::string& kernel) {
 
 void Tally::end(const std::string& failure) {
   alarm(0);
-  if (failure.empty()) return;
+  if (on_device() && failure.find("kernel has no room") != std::string::npos)
+    ++without_room_;
+  else if (!failure.empty())
+    fail(failure);
+}
+
+void Tally::fail(const std::string& failure) {
   ++failures;
   if (failures > 20) return;
   std::printf("FAIL %s\n     %s\n     %s", shape_.c_str(), failure.c_str(), running);
@@ -171,6 +192,7 @@ bool Tally::print() const {
   } else {
     std::printf("trials %" PRId64 " failures %" PRId64, trials, failures);
     if (!failures && trials) std::printf(" (95 %% bound %.2g)", 3.0 / static_cast<double>(trials));
+    if (without_room_) std::printf(" (%" PRId64 " refused: no room)", without_room_);
     if (relaxed_) std::printf(" (%" PRId64 " by twice stock's L2)", relaxed_);
     std::printf("\n");
   }
@@ -194,7 +216,9 @@ HostState HostState::now() {
 std::string call_checked(Case& c, int64_t first, int64_t count, int32_t threads) {
   const HostState before = HostState::now();
   const hff_status status = c.call_rows(first, count, threads);
+  const std::string told = check_device();
   if (!(HostState::now() == before)) return "the call changed the float mode of its caller";
+  if (!told.empty()) return told;
   if (status == HFF_OK) return "";
   return "status " + std::to_string(status) + ": " + hff_last_error();
 }
@@ -218,6 +242,7 @@ std::string check_memory(Case& c) {
     for (const Array& cell : c.lengths) {
       if (cell.data == buffer.data) take(0, 8);
     }
+    if (on_device() && c.greedy.next.data == buffer.data) take(0, c.greedy.next.bytes());
     std::string name = "a length";
     for (const Result& r : c.results) {
       if (r.array.data != buffer.data) continue;
@@ -227,7 +252,7 @@ std::string check_memory(Case& c) {
     if (std::memcmp(expected.data(), buffer.data, expected.size()))
       return "wrote elements of " + name + " that are not its own";
   }
-  return "";
+  return on_device() ? check_greedy(c.greedy) : "";
 }
 
 std::string check_parity(Case& c, bool* relaxed) {

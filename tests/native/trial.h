@@ -50,9 +50,10 @@ class Tally {
 
  private:
   const Options& options_;
+  void fail(const std::string& failure);
   std::string row_, title_, isa_, shape_, kernel_, skipped_;
   uint64_t seed_ = 0;
-  int64_t relaxed_ = 0;
+  int64_t relaxed_ = 0, without_room_ = 0;
 };
 
 // Rounding mode and exception masks of the calling thread.
@@ -94,6 +95,11 @@ bool run_openmp(const Options& options, const std::string& isa);
 bool run_strides(const Options& options, const std::string& isa);
 bool run_panels(const Options& options, const std::string& isa);
 bool run_allocation(const Options& options, const std::string& isa);
+// On the device only:
+bool run_seeds(const Options& options, const std::string& isa);
+bool run_values(const Options& options, const std::string& isa);
+bool run_unsupported(const Options& options, const std::string& isa);
+bool run_schedules(const Options& options, const std::string& isa);
 bool run_fuzz(const Options& options, const std::string& isa);
 bool run_bench(const Options& options, const std::string& isa);
 

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "buffers.h"
+#include "device.h"
 
 namespace hff_test {
 
@@ -54,7 +55,7 @@ struct LinearData {
     LinearData linear;
     linear.rows = rows;
     linear.cols = cols;
-    linear.row_stride = cols + (random.chance(0.3) ? random.range(1, 9) : 0);
+    linear.row_stride = fitting(cols + (random.chance(0.3) ? random.range(1, 9) : 0));
     linear.weight = arena.input(dtype, rows > 0 ? (rows - 1) * linear.row_stride + cols : 0);
     fill_uniform(random, linear.weight,
                  std::sqrt(3.0 / static_cast<double>(std::max<int64_t>(cols, 1))));
@@ -62,7 +63,7 @@ struct LinearData {
       linear.bias = arena.input(dtype, rows);
       fill_normal(random, linear.bias, 0.0, 0.3);
     }
-    linear.wants_panels = random.chance(0.5);
+    linear.wants_panels = random.chance(0.5) && !on_device();
     return linear;
   }
 
@@ -98,7 +99,8 @@ struct HeadsData {
     HeadsData h;
     h.head_dim = random.pick<int64_t>(
         {8, 12, 16, 17, 20, 24, 32, 33, 36, 40, 48, 63, 64, 64, 65, 80, 96, 128, 255, 256});
-    while (h.head_dim > widest) h.head_dim = random.pick<int64_t>({8, 9, 12, 16});
+    if (on_device()) h.head_dim = std::min<int64_t>(fitting(h.head_dim), HFF_MAX_HEAD_DIM);
+    while (h.head_dim > widest) h.head_dim = fitting(random.pick<int64_t>({8, 9, 12, 16}));
     h.heads = random.range(1, std::max<int64_t>(1, std::min<int64_t>(8, widest / h.head_dim)));
     h.kv_heads = h.heads;
     h.layout = random.pick<int32_t>({HFF_QKV_PER_HEAD, HFF_QKV_STACKED});

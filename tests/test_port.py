@@ -1,0 +1,96 @@
+"""Kernels on host fibers: right ones give the same bits under every seed, faults are found; and the CUDA back end compiles."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+ARCHITECTURES = ("80", "86", "89", "90a", "100", "120")
+# What the primitives must become on sm_90; the registers between do not matter.
+INSTRUCTIONS = (
+    "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint",
+    "createpolicy.fractional.L2::evict_first",
+    "mbarrier.arrive.expect_tx",
+    "mbarrier.try_wait.parity",
+    "fence.mbarrier_init.release.cluster",
+    "barrier.cluster.arrive.release",
+    "barrier.cluster.wait.acquire",
+    "mapa.u64",
+    "cp.async.cg.shared.global",
+    "cp.async.wait_group 1",
+    "ld.acquire.gpu.global.u32",
+    "atom.acq_rel.gpu.global.add.u32",
+    "st.relaxed.gpu.global.u32",
+    "ld.global.cg.v4.u32",
+    "ld.global.nc.L1::no_allocate.v4.u32",
+    "griddepcontrol.wait",
+    "ex2.approx.ftz.f32",
+)
+
+
+def tool(name: str) -> str | None:
+    beside = Path(sys.executable).parent / name
+    return shutil.which(name) or (str(beside) if beside.exists() else None)
+
+
+@pytest.fixture(scope="module")
+def port_cases() -> str:
+    """hff_port_cases: HFF_PORT_CASES if set, else built into build/cases, beside hff_cases."""
+    if os.environ.get("HFF_PORT_CASES"):
+        return os.environ["HFF_PORT_CASES"]
+    cmake = tool("cmake")
+    if not cmake or not (os.environ.get("CXX") or tool("c++") or tool("g++")):
+        pytest.skip("no cmake or no C++ compiler to build tests/native with")
+    build = ROOT / "build/cases"
+    options = ["-DCMAKE_BUILD_TYPE=Release", "-DHFF_TESTS=ON", "-DHFF_FAULTS=ON"]
+    for command in (
+        [cmake, "-S", str(ROOT), "-B", str(build), *options],
+        [cmake, "--build", str(build), "--parallel", "--target", "hff_port_cases"],
+    ):
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    return str(build / "hff_port_cases")
+
+
+@pytest.mark.reliability(16, "determinism")
+def test_kernels_on_fibers(port_cases, trials, capsys):
+    """Each case is a kernel under 1,000 seeds, or a fault that is found within them; the list is printed."""
+    done = subprocess.run([port_cases], capture_output=True, text=True, timeout=600)
+    with capsys.disabled():
+        print("\n" + done.stdout[-40000:])
+    assert done.returncode == 0, done.stdout[-20000:] + done.stderr[-4000:]
+    found = re.search(r"runs of right kernels (\d+), failures 0$", done.stdout.strip())
+    assert found, done.stdout[-2000:]
+    trials(int(found.group(1)))
+
+
+def nvcc(*arguments: str) -> str:
+    compiler = tool("nvcc")
+    if compiler is None:
+        pytest.skip("no nvcc to compile csrc/cuda/port_cuda.h with")
+    source = str(ROOT / "tests/native/port_primitives.cu")
+    command = [compiler, "-std=c++17", f"-I{ROOT / 'csrc'}", *arguments, source]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and "warning" not in done.stderr, done.stderr[-4000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize("watchdog", [False, True], ids=["plain", "watchdog"])
+def test_primitives_compile_for_every_architecture(watchdog, tmp_path):
+    targets = [f"-gencode=arch=compute_{sm},code=sm_{sm}" for sm in ARCHITECTURES]
+    if watchdog:
+        targets = ["-arch=sm_90a", "-DHFF_WATCHDOG"]
+    nvcc("-Xcompiler=-Wall,-Wextra", *targets, "-c", "-o", str(tmp_path / "port.o"))
+
+
+def test_primitives_become_their_instructions(tmp_path):
+    nvcc("-arch=sm_90", "-ptx", "-o", str(tmp_path / "port.ptx"))
+    ptx = (tmp_path / "port.ptx").read_text()
+    assert [i for i in INSTRUCTIONS if i not in ptx] == []
