@@ -119,6 +119,7 @@ def capture(
     module = fx.GraphModule(module, module.graph, type(model).__name__)
     canonicalise(module)
     expected = {name: type(m).__name__ for name, m in attention_layers(model).items()}
+    module.meta["attention_layers"] = expected
     return Capture(module, signature, info.out_spec, road, expected, examples, notes)
 
 

@@ -106,14 +106,14 @@ def _visible(put: _Spelling, call: AttentionCall) -> fx.Node | None:
     if not call.causal and call.window <= 0:
         return None
     device = call.query.meta["val"].device
-    rows = put("mask", aten.arange.default, put.size(call.query, 2), device=device)
-    rows = put("mask", aten.unsqueeze.default, rows, 1)
-    columns = put("mask", aten.arange.default, put.size(call.key, 2), device=device)
-    seen = put("mask", aten.le.Tensor, columns, rows) if call.causal else None
+    rows = put("visible", aten.arange.default, put.size(call.query, 2), device=device)
+    rows = put("visible", aten.unsqueeze.default, rows, 1)
+    columns = put("visible", aten.arange.default, put.size(call.key, 2), device=device)
+    seen = put("visible", aten.le.Tensor, columns, rows) if call.causal else None
     if call.window > 0:
-        edge = put("mask", aten.sub.Tensor, rows, call.window)
-        near = put("mask", aten.gt.Tensor, columns, edge)
-        seen = near if seen is None else put("mask", aten.logical_and.default, seen, near)
+        edge = put("visible", aten.sub.Tensor, rows, call.window)
+        near = put("visible", aten.gt.Tensor, columns, edge)
+        seen = near if seen is None else put("visible", aten.logical_and.default, seen, near)
     return seen
 
 
@@ -129,14 +129,14 @@ def _spell(put: _Spelling, call: AttentionCall) -> fx.Node:
         scores = put("softcap", aten.div.Tensor, scores, call.softcap)
         scores = put("softcap", aten.tanh.default, scores)
         scores = put("softcap", aten.mul.Tensor, scores, call.softcap)
-    for added in (call.bias, call.mask, _visible(put, call)):
+    for part, added in (("bias", call.bias), ("mask", call.mask), ("visible", _visible(put, call))):
         if added is None:
             continue
         if added.meta["val"].dtype == torch.bool:
-            unseen = put("mask", aten.logical_not.default, added)
-            scores = put("mask", aten.masked_fill.Scalar, scores, unseen, torch.finfo(dtype).min)
+            unseen = put(part, aten.logical_not.default, added)
+            scores = put(part, aten.masked_fill.Scalar, scores, unseen, torch.finfo(dtype).min)
         else:
-            scores = put("mask", aten.add.Tensor, scores, added)
+            scores = put(part, aten.add.Tensor, scores, added)
     if call.sinks is not None:
         extra = put("sinks", aten.reshape.default, call.sinks, [1, -1, 1, 1])
         extents = [put.size(scores, 0), -1, put.size(scores, 2), 1]
@@ -151,6 +151,39 @@ def _spell(put: _Spelling, call: AttentionCall) -> fx.Node:
         return context
     merged = put("merge", aten.transpose.int, context, 1, 2)
     return put("merge", aten.contiguous.default, merged)
+
+
+def put_together(graph: fx.Graph) -> fx.Node | None:
+    """Replaces one spelled-out attention in the graph by the operator; the node, or None."""
+    parts: dict[str, list[fx.Node]] = {}
+    for node in graph.nodes:
+        mark = node.meta.get("hf_fusion", {})
+        parts.setdefault(mark.get("part", ""), []).append(node)
+        if "call" in mark:
+            last, call = node, mark["call"]
+    if "scores" not in parts or "context" not in parts:
+        return None
+    turned, product = parts["scores"]
+    value = parts["context"][0].args[1]
+
+    def ungrouped(node: fx.Node) -> fx.Node:
+        return node.args[0] if node in parts.get("repeat", ()) else node
+
+    def operand(part: str) -> fx.Node | None:
+        added = parts.get(part, [])
+        return added[0].args[0 if len(added) > 1 else 1] if added else None
+
+    operands = (product.args[0], ungrouped(turned.args[0]), ungrouped(value), operand("mask"),
+                operand("bias"), parts["sinks"][0].args[0] if "sinks" in parts else None)  # fmt: skip
+    said = {name: getattr(call, name) for name in ("scale", "causal", "window", "softcap", "dropout")}
+    with graph.inserting_before(last):
+        made = graph.call_function(ops.attention, operands, said)
+        made.meta = {name: value for name, value in last.meta.items() if name != "hf_fusion"}
+        if not call.merged:
+            made = graph.call_function(aten.transpose.int, (made, 1, 2))
+    last.replace_all_uses_with(made)
+    graph.eliminate_dead_code()
+    return made
 
 
 def spell_out(module: fx.GraphModule) -> int:
