@@ -39,6 +39,7 @@ class Signature:
     sizes: list[tuple[int | str, ...]]
     dtypes: list[torch.dtype]
     arguments: list[str]
+    structure: pytree.TreeSpec
     defaults: dict[str, Any] = field(default_factory=dict)
 
 
@@ -182,9 +183,9 @@ def _flatten(
     module: fx.GraphModule, named: dict[str, Any], defaults: dict[str, Any]
 ) -> tuple[Signature, list[Tensor]]:
     """Makes the graph's inputs and outputs flat lists of tensors; says how a call maps onto them."""
-    leaves, _ = pytree.tree_flatten(named)
+    leaves, structure = pytree.tree_flatten(named)
     placeholders = module.graph.find_nodes(op="placeholder")
-    signature = Signature([], [], [], [], list(named), defaults)
+    signature = Signature([], [], [], [], list(named), structure, defaults)
     examples = []
     for node, leaf in zip(placeholders, leaves, strict=True):
         tensor = isinstance(leaf, Tensor)
