@@ -118,3 +118,11 @@ def furthest(left: object, right: object) -> float:
     pairs = list(zip(tensors(left), tensors(right), strict=True))
     assert pairs and all(a.shape == b.shape and a.std() > 0 for a, b in pairs)
     return max(float((a - b).abs().max()) for a, b in pairs)
+
+
+@functools.lru_cache(maxsize=None)
+def fused(name: str, mask: bool = False):
+    """The model fused with library operators, verified at three shapes; shared by tests."""
+    from hf_fusion.transform import fuse
+
+    return fuse(model(name), examples(name), mask=mask, backends=("aten",))

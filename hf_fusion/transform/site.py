@@ -128,9 +128,8 @@ def reuse_memory(site: Site) -> int:
     for node in list(graph.nodes):
         name = name_of(node)
         target = _IN_PLACE.get(name) if node.op == "call_function" else None
-        if target is None or node.target is not getattr(torch.ops.aten, name).__getattr__(
-            target._overloadname
-        ):
+        plain = getattr(torch.ops.aten, name, None)
+        if target is None or node.target is not getattr(plain, target._overloadname):
             continue
         for args in (node.args, node.args[::-1]) if name in _SWAPS else (node.args,):
             if len(args) > 1 and node.kwargs.get("alpha", 1) != 1:

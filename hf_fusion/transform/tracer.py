@@ -11,7 +11,7 @@ from ..report import FusionError, Reason
 from .capture import Capture, capture
 from .explicit import spell_out
 from .interface import attention_layers
-from .multihead import DropIn
+from .multihead import DecomposedMultiheadAttention, DropIn
 
 LEVELS = ("semantic", "explicit")
 
@@ -76,9 +76,12 @@ class DecomposingTracer(fx.Tracer):
                 else:
                     root = DropIn.from_module(module)
                 self.decomposed_modules.append(name)
-        if not self.decomposed_modules and attention_layers(root):
-            found = ", ".join(attention_layers(root))
-            raise FusionError(Reason.INPUT, f"{found}: give example_inputs to take them apart")
+        opaque = [
+            type(layer).__name__ for layer in attention_layers(root).values()
+            if not isinstance(layer, DecomposedMultiheadAttention)
+        ]  # fmt: skip
+        if opaque:
+            raise FusionError(Reason.INPUT, f"{opaque[0]}: give example_inputs to take it apart")
         try:
             return super().trace(root, concrete_args)
         except (TypeError, ValueError, RuntimeError, fx.proxy.TraceError) as error:
