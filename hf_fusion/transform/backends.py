@@ -46,7 +46,10 @@ def register_backend(
     refuses: Callable[[Site], str | None],
     build: Callable[[Site], nn.Module],
 ) -> Backend:
-    """Adds a back end, or replaces the one of that name. "aten" has priority 10, "eager" 0."""
+    """Adds a back end, or replaces the one of that name.
+
+    "native" has priority 20, "aten" 10, "eager" 0; with a negative one it must be asked for by name.
+    """
     _BACKENDS[name] = Backend(name, priority, refuses, build)
     return _BACKENDS[name]
 
@@ -57,14 +60,17 @@ def unregister_backend(name: str) -> None:
 
 
 def chosen(names: tuple[str, ...] | None) -> list[Backend]:
-    """The back ends named, or all that are asked by default; the original nodes are always last."""
+    """The back ends named, in that order, or by priority all that are asked by default, those of
+    priority 0 and more; the original nodes are always last.
+    """
     known = sorted(_BACKENDS.values(), key=lambda backend: -backend.priority)
     if names is None:
         return [backend for backend in known if backend.priority >= 0]
     unknown = set(names) - set(_BACKENDS)
     if unknown:
         raise KeyError(f"back ends {sorted(unknown)} are not among {sorted(_BACKENDS)}")
-    return [backend for backend in known if backend.name in names or backend.name == EAGER]
+    order = [name for name in names if name != EAGER] + [EAGER]
+    return [_BACKENDS[name] for name in order]
 
 
 class PackedLinear(nn.Module):

@@ -10,7 +10,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
 from ..report import FusionError, Reason, Stats
-from .backends import PackedLinear
+from .backends import PackedLinear, chosen
 from .capture import Capture, Signature, capture, named_arguments
 from .partition import AttentionFusionPartitioner
 from .report import FusionReport
@@ -162,7 +162,7 @@ def fuse(
     """
     captured = capture(model, example_inputs, dynamic=dynamic, mask=mask)
     decompose(captured, level)
-    fused = assemble(captured, partitioner or AttentionFusionPartitioner(), backends, model)
+    fused = assemble(captured, partitioner, backends, model)
     report = fused.report
     report.shapes, report.errors = verify(model, captured, fused.graph, shapes)
     if share_weights:
@@ -177,8 +177,12 @@ def assemble(
     original: nn.Module | None = None,
 ) -> FusedModel:
     """A FusedModel of a captured graph, not yet verified."""
+    if partitioner is None:
+        native = any(backend.name == "native" for backend in chosen(backends))
+        partitioner = AttentionFusionPartitioner(whole_layers=native)
     report = partitioner.partition(captured.graph_module)
-    report.road, report.notes = captured.road, list(captured.notes)
+    report.road = captured.road
+    report.notes += captured.notes
     return FusedModel(rewrite(report, backends), captured, report, original)
 
 

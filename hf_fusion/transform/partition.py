@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 
 from torch import fx, nn
 
 from . import rules
-from .groups import CHAIN, CORE, PARALLEL, Claims, FusionGroup, ParallelFusionGroup
+from .blocks import blocks, read_layer
+from .groups import BLOCK, CHAIN, CORE, PARALLEL, Claims, FusionGroup, ParallelFusionGroup
 from .interface import attention_layers
 from .nodes import (
     ATTENTION,
@@ -96,6 +98,7 @@ class AttentionFusionPartitioner(FusionBasedPartitioner):
     rules: in order of priority, those registered where None. pack_cross_kv_across_layers: one
     product for the keys and values of all decoder layers; fewer launches, and all of them in memory
     at once. model: where the expected attention layers are counted, if the graph does not say.
+    whole_layers: a layer that a native kernel runs in one call is one group.
     """
 
     def __init__(
@@ -103,15 +106,19 @@ class AttentionFusionPartitioner(FusionBasedPartitioner):
         rules: Sequence[FusionRule] | None = None,
         pack_cross_kv_across_layers: bool = False,
         model: nn.Module | None = None,
+        whole_layers: bool = False,
     ) -> None:
         super().__init__()
-        self._rules, self._model = rules, model
+        self._rules, self._model, self._whole = rules, model, whole_layers
         self._across = pack_cross_kv_across_layers
 
     def partition(self, module: fx.GraphModule) -> FusionReport:
         """Groups and leftovers of the graph; the graph is not changed."""
         claims, refused = Claims(module.graph), {}
-        for rule in sorted(self._rules or rules.RULES, key=lambda entry: entry.order):
+        table = list(self._rules or rules.RULES)
+        if self._whole:
+            table.append(FusionRule(BLOCK, 1, blocks))
+        for rule in sorted(table, key=lambda entry: entry.order):
             propose = rule.propose
             if self._across and propose is parallel:
                 propose = partial(parallel, across_owners=True)
@@ -121,6 +128,9 @@ class AttentionFusionPartitioner(FusionBasedPartitioner):
                     for node in group.nodes:
                         refused.setdefault(node, f"{group.kind}: {why}")
         report = self._finish(module, claims, refused)
+        if self._whole:
+            why = Counter(read_layer(attention)[1] for attention in attentions(module.graph))
+            report.notes += [f"{n} layers are not one call: {text}" for text, n in why.items() if text]
         if self._model is not None:
             layers = attention_layers(self._model)
             report.expected = {name: type(layer).__name__ for name, layer in layers.items()}

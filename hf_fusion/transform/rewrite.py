@@ -41,13 +41,14 @@ def rewrite(report: FusionReport, backends: tuple[str, ...] | None = None) -> fx
         site = Site(group, inner, calls[name], outer)
         module = _built(site, group, table)
         takes = getattr(module, "takes", None)
-        weights = _weights(site) if isinstance(module, PackedLinear) else []
+        packed = next((m for m in module.modules() if isinstance(m, PackedLinear)), None)
+        weights = _weights(site) if packed is not None else []
         if takes is not None:
             site.call.args = tuple(site.call.args[i] for i in takes)
         outer.set_submodule(name, module)
         if weights:
-            report.packed_bytes += module.packed_bytes
-            _as_views(report.source, weights, module)
+            report.packed_bytes += packed.packed_bytes
+            _as_views(report.source, weights, packed)
     outer.graph.eliminate_dead_code()
     outer.graph.lint()
     outer.recompile()

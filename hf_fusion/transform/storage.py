@@ -26,7 +26,6 @@ from ..report import FusionError, Reason
 from .capture import Capture, Signature
 from .explicit import AttentionCall
 from .model import FusedModel, assemble
-from .partition import AttentionFusionPartitioner
 from .site import attribute
 
 FORMAT = 1
@@ -92,7 +91,7 @@ def load(folder: Any, backends: tuple[str, ...] | None = None) -> FusedModel:
         if isinstance(error, FusionError):
             raise
         raise FusionError(Reason.INVALID, f"{folder} is no fused model: {error!r}") from error
-    fused = assemble(captured, AttentionFusionPartitioner(), backends)
+    fused = assemble(captured, None, backends)
     with torch.no_grad():
         got = pytree.tree_leaves(fused.graph(*captured.examples))
     for i, tensor in enumerate(got):
