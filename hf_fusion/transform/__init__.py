@@ -1,6 +1,6 @@
 """Models as graphs: captured, taken apart, put together from fused parts, run and measured."""
 
-from . import native  # noqa: F401  registers itself
+from . import inductor, native  # noqa: F401  each registers itself
 from .backends import register_backend
 from .capture import Capture, capture
 from .groups import FusionGroup, ParallelFusionGroup
