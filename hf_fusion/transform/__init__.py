@@ -11,6 +11,7 @@ from .partition import AttentionFusionPartitioner, FusionBasedPartitioner
 from .report import FusionReport
 from .rules import register_fusion_rule
 from .tracer import DecomposingAttentionTracer, DecomposingTracer, trace_with_decomposition
+from .variants import register_attention_variant
 
 __all__ = [
     "AttentionFusionPartitioner",
@@ -26,6 +27,7 @@ __all__ = [
     "capture",
     "count_attention_layers",
     "fuse",
+    "register_attention_variant",
     "register_backend",
     "register_fusion_rule",
     "trace_with_decomposition",

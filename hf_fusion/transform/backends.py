@@ -28,13 +28,14 @@ class Backend:
     """A way to run groups.
 
     refuses(site): why not, or None. build(site): the module in place of the group, see Site.
-    Higher `priority` is asked first.
+    Higher `priority` is asked first. `always`: asked whatever was named.
     """
 
     name: str
     priority: int
     refuses: Callable[[Site], str | None]
     build: Callable[[Site], nn.Module]
+    always: bool = False
 
 
 _BACKENDS: dict[str, Backend] = {}
@@ -45,12 +46,14 @@ def register_backend(
     priority: int,
     refuses: Callable[[Site], str | None],
     build: Callable[[Site], nn.Module],
+    always: bool = False,
 ) -> Backend:
     """Adds a back end, or replaces the one of that name.
 
     "native" has priority 20, "aten" 10, "eager" 0; with a negative one it must be asked for by name.
+    always: it is asked even where others are named.
     """
-    _BACKENDS[name] = Backend(name, priority, refuses, build)
+    _BACKENDS[name] = Backend(name, priority, refuses, build, always)
     return _BACKENDS[name]
 
 
@@ -70,7 +73,7 @@ def chosen(names: tuple[str, ...] | None) -> list[Backend]:
     if unknown:
         raise KeyError(f"back ends {sorted(unknown)} are not among {sorted(_BACKENDS)}")
     order = [name for name in names if name != EAGER] + [EAGER]
-    return [_BACKENDS[name] for name in order]
+    return [b for b in known if b.always and b.name not in order] + [_BACKENDS[n] for n in order]
 
 
 class PackedLinear(nn.Module):

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from . import meter
 from .backends import register_backend
@@ -75,13 +75,22 @@ def _refuses(site: Site) -> str | None:
     return None
 
 
+def _form(graph: fx.Graph) -> tuple:
+    """The graph without its nodes' names."""
+    place = {node: f"%{i}" for i, node in enumerate(graph.nodes)}
+    return tuple(
+        (node.op, str(node.target) if node.op == "call_function" else "",
+         str(fx.node.map_arg((node.args, node.kwargs), place.__getitem__)))
+        for node in graph.nodes
+    )  # fmt: skip
+
+
 def _build(site: Site) -> nn.Module:
     kinds = tuple(
         (str(value.dtype), value.dim()) if isinstance(value, torch.Tensor) else type(value).__name__
         for value in (node.meta.get("val") for node in site.placeholders)
     )
-    names = {node.name: f"_{i}" for i, node in enumerate(site.inner.graph.nodes)}
-    form = re.sub(r"\w+", lambda word: names.get(word[0], word[0]), str(site.inner.graph))
+    form = _form(site.inner.graph)
     compiled = _known.get((form, kinds))
     if compiled is None:
         compiled = _known[form, kinds] = Compiled(site.inner)
