@@ -47,7 +47,7 @@ def test_semantic_and_explicit_graphs_run_and_agree(name, mask):
     if name in ("gpt_neox", "gpt2", "llama", "mistral"):
         assert all(c.causal is (c.mask is None) is not mask for c in calls)
         assert all(c.window == (4 if name == "mistral" and not mask else 0) for c in calls)
-    if name in ("vit", "bert", "positions") and not mask:
+    if name in ("vit", "bert", "positions", "detr") and not mask:
         assert all(call.mask is None and not call.causal for call in calls)
     given = dict(zip(captured.signature.arguments, captured.examples))
     for source in ("eager", "sdpa"):
@@ -193,6 +193,22 @@ def test_a_module_without_inputs_is_traced_symbolically(first):
     assert len(list(model.parameters())) == len(list(Block(first).parameters()))
     exported = trace_with_decomposition(model, example_inputs=x)
     assert graphs.furthest(model(x), exported(x)) < 1e-6
+
+
+@pytest.mark.parametrize("hide", [False, True])
+@torch.no_grad()
+def test_only_a_mask_that_is_all_true_is_dropped(hide):
+    class Masked(nn.Module):
+        def forward(self, x):
+            rows = torch.arange(x.shape[1])
+            seen = torch.ones(x.shape[1]).to(torch.bool)[None] & (rows >= int(hide))[None]
+            return attention(x[:, None], x[:, None], x[:, None], seen[None, None, 0])
+
+    model, x = Masked().eval(), torch.randn(2, 5, 8)
+    captured = capture(model, x)
+    (node,) = attentions(captured.graph_module)
+    assert (attention_call(node).mask is None) is not hide
+    assert graphs.furthest(model(x), captured.graph_module(x)) < 1e-6
 
 
 def test_what_cannot_be_traced_says_why():

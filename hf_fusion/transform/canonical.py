@@ -2,7 +2,7 @@
 
 Values are bit for bit what they were. What leaves: dropout outside training, aliases, conversions
 to the type a tensor has, whole slices, additions of 0 and products with 1 in the same type,
-assertions on types, copies for contiguity. `view` becomes `reshape`, which does not mind strides.
+assertions on types, copies for contiguity, masks that are all true. `view` becomes `reshape`, which does not mind strides.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from collections.abc import Callable
 
 import torch
 from torch import fx
+
+from .uniform import drop_open_masks
 
 aten = torch.ops.aten
 _END = 2**63 - 1
@@ -92,6 +94,7 @@ def canonicalise(module: fx.GraphModule) -> None:
         if test is not None and test(node):
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
+    drop_open_masks(graph)
     graph.eliminate_dead_code()
     graph.lint()
     module.delete_all_unused_submodules()

@@ -40,12 +40,13 @@ def compare(
     against: tuple[str, ...] = ("eager", "sdpa"),
     compiled: bool = False,
     rounds: int = 0,
+    beside: dict[str, Callable[[], Any]] | None = None,
 ) -> dict[str, Any]:
     """Readings by form: "fused", the implementations in `against`, the unfused graph.
 
     inputs: named arguments, the captured ones by default. compiled: also torch.compile of the model
     as it is, with the calls in the code it generated for kernels. rounds: interleaved rounds of the
-    clock, none by default. The result is kept in `report.measured`.
+    clock, none by default. beside: more calls to measure, by name. The result is kept in `report.measured`.
     """
     model = fused.original
     arguments = {**arguments_of(fused), **(inputs or {})}
@@ -56,6 +57,7 @@ def compare(
             calls[f"model, {name}"] = _with(model, name, arguments)
     elif model is not None:
         calls["model"] = lambda: model(**arguments)
+    calls |= beside or {}
     readings = {name: meter.read(call) for name, call in calls.items()}
     if compiled and model is not None:
         calls["model, torch.compile"], count = compiled_call(model, arguments)
