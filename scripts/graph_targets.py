@@ -76,6 +76,7 @@ def row(name: str, reading: dict[str, Any], eager: dict[str, Any]) -> tuple[str,
     return tuple(cells)
 
 
+FORMS = ("model, eager", "model, sdpa", "fused")
 HEADER = ("form", "kernels", "eager's / it", "peak MB", "less than eager")
 
 
@@ -113,7 +114,9 @@ def vit(arguments: argparse.Namespace, missed: list[str]) -> None:
     calls: dict[str, Callable[[], Any]] = {
         name: (lambda model=model: model(pixel_values=x)) for name, model in made.items()
     }
-    found = compare(native, {"pixel_values": x}, compiled=True, rounds=arguments.rounds, beside=calls)
+    found = compare(
+        native, {"pixel_values": x}, compiled=True, rounds=arguments.rounds, beside=calls
+    )
     found["fused, native"] = found.pop("fused")
     eager, threads = found["model, eager"], torch.get_num_threads()
     print(f"\n{arguments.model} {dtype}, 1 image, {threads} threads, {arguments.rounds} rounds\n")
@@ -131,7 +134,11 @@ def vit(arguments: argparse.Namespace, missed: list[str]) -> None:
     check(missed, "operators per launch: 2.0 with regions or native", max(ratios[1:]) >= 2.0)
     if arguments.rounds:
         ours, compiled = (found[k]["seconds"][1] for k in ("fused, native", "model, torch.compile"))
-        check(missed, f"time: torch.compile's / ours {compiled / ours:.2f}, at least 1", compiled >= ours)
+        check(
+            missed,
+            f"time: torch.compile's / ours {compiled / ours:.2f}, at least 1",
+            compiled >= ours,
+        )
 
 
 def families(arguments: argparse.Namespace, missed: list[str]) -> None:
@@ -147,13 +154,17 @@ def families(arguments: argparse.Namespace, missed: list[str]) -> None:
             layers = f"{len(report.detected)} of {len(report.expected)}"
             if report.detection_rate < 1 or any(isinstance(e, str) for e in errors):
                 missed.append(name)
-            rows.append((name, "padding" if mask else "no mask", layers,
-                         *(e if isinstance(e, str) else f"{e:.1e}" for e in errors),
-                         *(str(found[k]["kernels"]) for k in ("model, eager", "model, sdpa", "fused")),
-                         f"{found['fused']['peak_bytes'] / found['model, sdpa']['peak_bytes']:.2f}"))  # fmt: skip
+            rows.append((
+                name, "padding" if mask else "no mask", layers,
+                *(e if isinstance(e, str) else f"{e:.1e}" for e in errors),
+                *(str(found[form]["kernels"]) for form in FORMS),
+                f"{found['fused']['peak_bytes'] / found['model, sdpa']['peak_bytes']:.2f}",
+            ))  # fmt: skip
             print(" ".join(rows[-1]), file=sys.stderr)
         del model, fused
-    print(f"\n{len(FAMILIES)} families, fp32, three shapes each; largest difference from the model\n")
+    print(
+        f"\n{len(FAMILIES)} families, fp32, three shapes each; largest difference from the model\n"
+    )
     header = ("model", "input", "attention layers", "to eager", "to sdpa", "kernels eager", "sdpa",
               "fused", "peak / sdpa's")  # fmt: skip
     print("\n".join(markdown(header, rows)))

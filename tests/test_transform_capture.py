@@ -1,4 +1,4 @@
-"""Capture: one operator per attention, the model as it was; attention spelled out gives the same."""
+"""Capture: one operator per attention, the model as it was; spelled out it gives the same."""
 
 from __future__ import annotations
 
@@ -42,7 +42,9 @@ def test_semantic_and_explicit_graphs_run_and_agree(name, mask):
     captured = capture(model, graphs.examples(name), mask=mask)
     assert captured.road == ("export" if name == "positions" else "semantic") and not captured.notes
     found = attentions(captured.graph_module)
-    assert len(found) == graphs.LAYERS[name] == len(captured.expected) == count_attention_layers(model)
+    assert (
+        len(found) == graphs.LAYERS[name] == len(captured.expected) == count_attention_layers(model)
+    )
     calls = [attention_call(node) for node in found]
     if name in ("gpt_neox", "gpt2", "llama", "mistral"):
         assert all(c.causal is (c.mask is None) is not mask for c in calls)
@@ -59,7 +61,11 @@ def test_semantic_and_explicit_graphs_run_and_agree(name, mask):
     semantic = captured.graph_module(*captured.examples)
     assert decompose(captured, "explicit") == len(found)
     assert not attentions(captured.graph_module)
-    parts = {n.meta["hf_fusion"]["part"] for n in captured.graph_module.graph.nodes if "hf_fusion" in n.meta}
+    parts = {
+        n.meta["hf_fusion"]["part"]
+        for n in captured.graph_module.graph.nodes
+        if "hf_fusion" in n.meta
+    }
     assert {"scores", "scale", "softmax", "dropout", "context"} <= parts
     assert graphs.furthest(semantic, captured.graph_module(*captured.examples)) < 5e-6
 
@@ -138,12 +144,21 @@ PADDINGS = ("none", "bool", "float")
 @pytest.mark.filterwarnings("ignore:Support for mismatched")
 @pytest.mark.parametrize("first", [False, True])
 @pytest.mark.parametrize("sizes", [False, True])
-@pytest.mark.parametrize(("bias", "bias_kv", "zero"), list(itertools.product([False, True], repeat=3)))
+@pytest.mark.parametrize(
+    ("bias", "bias_kv", "zero"), list(itertools.product([False, True], repeat=3))
+)
 @torch.no_grad()
 def test_multihead_attention_taken_apart_is_itself(first, sizes, bias, bias_kv, zero):
     kdim, vdim = (12, 10) if sizes else (None, None)
     module = nn.MultiheadAttention(
-        16, 4, bias=bias, add_bias_kv=bias_kv, add_zero_attn=zero, kdim=kdim, vdim=vdim, batch_first=first
+        16,
+        4,
+        bias=bias,
+        add_bias_kv=bias_kv,
+        add_zero_attn=zero,
+        kdim=kdim,
+        vdim=vdim,
+        batch_first=first,
     ).eval()
     for parameter in module.parameters():
         nn.init.normal_(parameter, std=0.5)
@@ -154,9 +169,16 @@ def test_multihead_attention_taken_apart_is_itself(first, sizes, bias, bias_kv, 
     query, key, value = (
         order(torch.randn(2, n, e)) for n, e in ((5, 16), (7, kdim or 16), (7, vdim or 16))
     )
-    masks = {"bool": torch.rand(5, 7) < 0.3, "float": torch.randn(5, 7), "heads": torch.randn(8, 5, 7)}
+    masks = {
+        "bool": torch.rand(5, 7) < 0.3,
+        "float": torch.randn(5, 7),
+        "heads": torch.randn(8, 5, 7),
+    }
     masks["bool"][:, 0] = False
-    paddings = {"bool": torch.tensor([[False] * 5 + [True] * 2, [False] * 7]), "float": torch.randn(2, 7)}
+    paddings = {
+        "bool": torch.tensor([[False] * 5 + [True] * 2, [False] * 7]),
+        "float": torch.randn(2, 7),
+    }
     for mask, padding, average in itertools.product(MASKS, PADDINGS, (False, True)):
         options = {"attn_mask": masks.get(mask), "key_padding_mask": paddings.get(padding),
                    "average_attn_weights": average}  # fmt: skip

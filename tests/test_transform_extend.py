@@ -76,7 +76,9 @@ class BlockAttention(nn.Module):
     def __init__(self, tokens=64, width=32, heads=4):
         super().__init__()
         self.heads = heads
-        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(width, width) for _ in "qkvo")
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (
+            nn.Linear(width, width) for _ in "qkvo"
+        )
         blocks = torch.arange(tokens) // BLOCK
         self.register_buffer("mask", (blocks[:, None] == blocks[None, :])[None, None])
 
@@ -180,7 +182,9 @@ NATIVE = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "mask"), [(name, name != "vit") for name in NATIVE] + [("bert", False)])
+@pytest.mark.parametrize(
+    ("name", "mask"), [(name, name != "vit") for name in NATIVE] + [("bert", False)]
+)
 def test_native_kernels_run_what_they_can(name, mask):
     fused = fuse(graphs.model(name), mask=mask)
     for kind, count in NATIVE[name].items():

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, linear
 
+from .attention import projection_input
 from .explicit import put_together
 from .groups import CORE, ELEMENTWISE, EPILOGUE, GLU, NORM_RESIDUAL, PARALLEL, ROPE, FusionGroup
 from .nodes import name_of
-from .rules import projection_input
 from .site import Site, fresh_results, reuse_memory
 
 EAGER = "eager"
@@ -50,7 +50,7 @@ def register_backend(
 ) -> Backend:
     """Adds a back end, or replaces the one of that name.
 
-    "native" has priority 20, "aten" 10, "eager" 0; with a negative one it must be asked for by name.
+    "native" has priority 20, "aten" 10, "eager" 0; a negative one must be named to be asked.
     always: it is asked even where others are named.
     """
     _BACKENDS[name] = Backend(name, priority, refuses, build, always)
@@ -156,7 +156,9 @@ def packed_projections(site: Site) -> PackedLinear:
     """The packed product in place of a parallel group."""
     nodes = projections(site)
     parameters = [[site.parameter(a) if a is not None else None for a in n.args[1:]] for n in nodes]
-    module = PackedLinear([p[0] for p in parameters], [p[1] if len(p) > 1 else None for p in parameters])
+    module = PackedLinear(
+        [p[0] for p in parameters], [p[1] if len(p) > 1 else None for p in parameters]
+    )
     module.takes = (site.placeholders.index(projection_input(nodes[0])),)
     order = [nodes.index(node) for node in site.results]
     if order != list(range(len(nodes))):
@@ -208,9 +210,7 @@ def _spell_gelu(site: Site, group: FusionGroup) -> None:
     if source is None:
         return
     with graph.inserting_before(last):
-        made = graph.call_function(
-            torch.ops.aten.gelu.default, (source,), {"approximate": "tanh"}
-        )
+        made = graph.call_function(torch.ops.aten.gelu.default, (source,), {"approximate": "tanh"})
     made.meta = dict(last.meta)
     last.replace_all_uses_with(made)
     graph.eliminate_dead_code()

@@ -18,9 +18,10 @@ from ..spec import (
     QkvLayout,
     Residual,
 )
+from .attention import Attention, attentions, is_projection
 from .groups import BLOCK, Claims, FusionGroup
 from .nodes import VIEW, class_of, name_of, owner_of
-from .rules import Attention, attentions, is_projection, is_residual
+from .rules import is_residual
 from .site import attribute
 
 _ACTIVATIONS = {"relu": Activation.RELU, "silu": Activation.SILU}
@@ -203,7 +204,7 @@ def read_layer(attention: Attention) -> tuple[Layer | None, str]:
 
 
 def blocks(graph: fx.Graph, claims: Claims) -> Iterator[FusionGroup]:
-    """Whole layers, pre-norm or post-norm, with separate projections and without rotary embedding."""
+    """Whole layers, pre-norm or post-norm, with separate projections, without rotary embedding."""
     for attention in attentions(graph):
         layer, _ = read_layer(attention)
         if layer is not None:
@@ -212,5 +213,3 @@ def blocks(graph: fx.Graph, claims: Claims) -> Iterator[FusionGroup]:
             if layer.spec.residual == Residual.POST_NORM:
                 pattern = "QKV_Attention_O_Add_Norm_Up_Act_Down_Add_Norm"
             yield FusionGroup(BLOCK, list(layer.nodes), owner, pattern, {"layer": layer})
-
-

@@ -2,7 +2,8 @@
 
 Values are bit for bit what they were. What leaves: dropout outside training, aliases, conversions
 to the type a tensor has, whole slices, additions of 0 and products with 1 in the same type,
-assertions on types, copies for contiguity, masks that are all true. `view` becomes `reshape`, which does not mind strides.
+assertions on types, copies for contiguity, masks that are all true. `view` becomes `reshape`,
+which does not mind strides.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ _END = 2**63 - 1
 _ASSERTIONS = {aten._assert_tensor_metadata.default}
 _COPIES = {aten.alias.default, aten.detach.default, aten.detach_.default, aten.lift_fresh.default}
 _CONVERSIONS = {
-    aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten._to_copy.default, aten.type_as.default,
+    aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten._to_copy.default,
+    aten.type_as.default,
 }  # fmt: skip
 
 

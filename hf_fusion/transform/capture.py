@@ -125,7 +125,7 @@ def capture(
 
 
 def _defaults(model: nn.Module, named: dict[str, Any]) -> dict[str, Any]:
-    """Arguments that a captured call always has: no cache, since a graph returns the same things."""
+    """Arguments that a captured call always has: no cache, since a graph returns one structure."""
     parameters = inspect.signature(model.forward).parameters
     open_ended = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
     config = getattr(model, "config", None)
@@ -182,7 +182,7 @@ def _no_fast_path() -> Iterator[None]:
 def _flatten(
     module: fx.GraphModule, named: dict[str, Any], defaults: dict[str, Any]
 ) -> tuple[Signature, list[Tensor]]:
-    """Makes the graph's inputs and outputs flat lists of tensors; says how a call maps onto them."""
+    """Makes the graph's inputs and outputs flat lists; says how a call maps onto them."""
     leaves, structure = pytree.tree_flatten(named)
     placeholders = module.graph.find_nodes(op="placeholder")
     signature = Signature([], [], [], [], list(named), structure, defaults)

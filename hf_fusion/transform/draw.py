@@ -26,13 +26,15 @@ label.tab{display:inline-block;padding:4px 14px;border:1px solid #b8c3cf;cursor:
 .page{display:none;margin-top:10px}
 #tab-after:checked~#page-after,#tab-before:checked~#page-before{display:block}
 #tab-after:checked~label[for=tab-after],#tab-before:checked~label[for=tab-before]{background:#e6eef7}
-table{border-collapse:collapse;margin:10px 0}td,th{border:1px solid #d5dce4;padding:2px 9px;text-align:left}
-.key span{display:inline-block;padding:1px 8px;margin:0 6px 4px 0;border-radius:4px;border:1px solid #b8c3cf}
+table{border-collapse:collapse;margin:10px 0}
+td,th{border:1px solid #d5dce4;padding:2px 9px;text-align:left}
+.key span{display:inline-block;padding:1px 8px;margin:0 6px 4px 0;border-radius:4px}
+.key span{border:1px solid #b8c3cf}
 """
 
 
 def to_html(report: FusionReport) -> str:
-    """A page with the graph before and after grouping, every level of it to be folded by a click."""
+    """A page with the graph before and after grouping; every level folds at a click."""
     after, before = picture(report), picture(report, groups=False)
     key = "".join(
         f'<span style="background:{COLOURS.get(kind, _PLAIN)}">{html.escape(kind)}</span>'
@@ -59,7 +61,8 @@ def _measured(report: FusionReport) -> str:
     if not rows:
         return ""
     cells = "".join(
-        f"<tr><td>{html.escape(name)}</td><td>{r['kernels']}</td><td>{r['peak_bytes'] / 1e6:.3f}</td></tr>"
+        f"<tr><td>{html.escape(name)}</td><td>{r['kernels']}</td>"
+        f"<td>{r['peak_bytes'] / 1e6:.3f}</td></tr>"
         for name, r in rows
     )
     return f"<table><tr><th>measured</th><th>kernels</th><th>peak MB</th></tr>{cells}</table>"

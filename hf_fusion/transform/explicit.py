@@ -69,7 +69,7 @@ def attention_call(node: fx.Node) -> AttentionCall | None:
 
 
 class _Spelling:
-    """Appends nodes before an attention node, with values and module paths like a traced graph's."""
+    """Appends nodes before an attention node, with values and paths like a traced graph's."""
 
     def __init__(self, node: fx.Node, number: int):
         self.node, self.number = node, number
@@ -174,8 +174,11 @@ def put_together(graph: fx.Graph) -> fx.Node | None:
         return added[0].args[0 if len(added) > 1 else 1] if added else None
 
     operands = (product.args[0], ungrouped(turned.args[0]), ungrouped(value), operand("mask"),
-                operand("bias"), parts["sinks"][0].args[0] if "sinks" in parts else None)  # fmt: skip
-    said = {name: getattr(call, name) for name in ("scale", "causal", "window", "softcap", "dropout")}
+                operand("bias"), parts["sinks"][0].args[0] if "sinks" in parts else None,
+                )  # fmt: skip
+    said = {
+        name: getattr(call, name) for name in ("scale", "causal", "window", "softcap", "dropout")
+    }
     with graph.inserting_before(last):
         made = graph.call_function(ops.attention, operands, said)
         made.meta = {name: value for name, value in last.meta.items() if name != "hf_fusion"}

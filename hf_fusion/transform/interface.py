@@ -37,7 +37,7 @@ def interface_attention(
     s_aux: Tensor | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
-    """The operator for one call of the interface; a given mask holds causality and window already."""
+    """The operator for one call of the interface; a given mask holds causality and window."""
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
     causal = bool(is_causal) and attention_mask is None

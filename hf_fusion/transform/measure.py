@@ -46,7 +46,8 @@ def compare(
 
     inputs: named arguments, the captured ones by default. compiled: also torch.compile of the model
     as it is, with the calls in the code it generated for kernels. rounds: interleaved rounds of the
-    clock, none by default. beside: more calls to measure, by name. The result is kept in `report.measured`.
+    clock, none by default. beside: more calls to measure, by name. The result is kept in
+    `report.measured`.
     """
     model = fused.original
     arguments = {**arguments_of(fused), **(inputs or {})}
@@ -69,7 +70,7 @@ def compare(
     measured = {name: reading.to_dict() for name, reading in readings.items()}
     if "model, torch.compile" in measured:
         measured["model, torch.compile"]["written_bytes"] = None
-    for name, reading in measured.items():
+    for reading in measured.values():
         reading["kernels_over_fused"] = reading["kernels"] / measured["fused"]["kernels"]
     fused.report.measured = measured
     return measured

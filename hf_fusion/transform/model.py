@@ -67,7 +67,9 @@ class FusedModel(nn.Module):
         """The graph's inputs of a call; FusionError where it was not captured for them."""
         signature = self.captured.signature
         if torch.is_grad_enabled() and any(p.requires_grad for p in self._trained()):
-            raise FusionError(Reason.GRADIENTS, "fused groups have no backward: use torch.no_grad()")
+            raise FusionError(
+                Reason.GRADIENTS, "fused groups have no backward: use torch.no_grad()"
+            )
         named = self._named(args, kwargs)
         for name, value in signature.defaults.items():
             if named.setdefault(name, value) != value:
@@ -188,13 +190,9 @@ def assemble(
 
 def _share(model: nn.Module, source: fx.GraphModule, graph: fx.GraphModule) -> None:
     """The model's parameters that were packed become views of the packed ones."""
-    packed = {
-        module.weight.untyped_storage().data_ptr()
-        for module in graph.modules() if isinstance(module, PackedLinear)
-    } | {
-        module.bias.untyped_storage().data_ptr()
-        for module in graph.modules() if isinstance(module, PackedLinear) and module.bias is not None
-    }  # fmt: skip
+    modules = [module for module in graph.modules() if isinstance(module, PackedLinear)]
+    tensors = [t for m in modules for t in (m.weight, m.bias) if t is not None]
+    packed = {tensor.untyped_storage().data_ptr() for tensor in tensors}
     views = {
         name: parameter for name, parameter in source.named_parameters()
         if parameter.untyped_storage().data_ptr() in packed

@@ -10,7 +10,7 @@ from torch.nn.functional import dropout
 
 
 class DecomposedMultiheadAttention(nn.Module):
-    """Multi-head attention as q, k, v projections, matmul, scale, masks, softmax, matmul, projection.
+    """Multi-head attention as projections, matmul, scale, masks, softmax, matmul, projection.
 
     Takes what nn.MultiheadAttention takes and means the same: batch_first or not, kdim and vdim,
     bias_kv, zero attention, bool and float masks per batch or per head, padding, causality,
@@ -51,7 +51,7 @@ class DecomposedMultiheadAttention(nn.Module):
 
     @classmethod
     def from_module(cls, module: nn.MultiheadAttention) -> DecomposedMultiheadAttention:
-        """The same attention with the same weights: views of the module's own, nothing is copied."""
+        """The same attention with the same weights: views of the module's own, no copies."""
         with torch.device("meta"):
             made = cls(
                 module.embed_dim, module.num_heads, module.dropout, module.in_proj_bias is not None,
@@ -157,5 +157,3 @@ def _additive(mask: Tensor, scores: Tensor, extra: int) -> Tensor:
     if mask.dtype == torch.bool:
         mask = torch.zeros_like(mask, dtype=scores.dtype).masked_fill(mask, float("-inf"))
     return nn.functional.pad(mask, (0, extra)) if extra else mask
-
-

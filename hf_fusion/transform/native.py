@@ -190,16 +190,12 @@ def _build_layer(site: Site) -> nn.Module:
     paths = {node.name: node.target for node in site.outer.graph.find_nodes(op="get_attr")}
     assert set(filter(None, layer.parameters.values())) <= set(paths.values())
     module = NativeLayer(CpuBackend(), layer.spec, layer.tensors(site.outer))
-    data = [
-        i for i, argument in enumerate(site.call.args)
+    values = {
+        i: argument.meta["val"] for i, argument in enumerate(site.call.args)
         if argument.op != "get_attr" and isinstance(argument.meta.get("val"), Tensor)
-    ]  # fmt: skip
-    hidden = layer.spec.hidden
-    source = next(
-        i for i in data
-        if site.call.args[i].meta["val"].dim() == 3 and site.call.args[i].meta["val"].shape[-1] == hidden
-    )  # fmt: skip
-    mask = [i for i in data if i != source and site.call.args[i].meta["val"].dim() == 4]
+    }  # fmt: skip
+    source = next(i for i, v in values.items() if v.dim() == 3 and v.shape[-1] == layer.spec.hidden)
+    mask = [i for i, value in values.items() if i != source and value.dim() == 4]
     module.takes = (source, *mask)
     return module
 

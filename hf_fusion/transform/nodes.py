@@ -20,16 +20,19 @@ POINTWISE, OTHER, VIEW, SHAPE, INPUT = "pointwise", "other", "view", "shape", "i
 
 LINEAR = {"linear", "addmm", "mm"}
 _CLASSES = {
-    GEMM: LINEAR | {"matmul", "bmm", "baddbmm", "convolution", "conv1d", "conv2d", "conv3d", "einsum"},
+    GEMM: LINEAR
+    | {"matmul", "bmm", "baddbmm", "convolution", "conv1d", "conv2d", "conv3d", "einsum"},
     NORM: {"layer_norm", "group_norm", "batch_norm", "instance_norm", "rms_norm"},
     ATTENTION: {"attention", "scaled_dot_product_attention", "multi_head_attention"},
     SOFTMAX: {"softmax", "log_softmax"},
     VIEW: {
         "reshape", "view", "transpose", "permute", "unsqueeze", "squeeze", "expand", "flatten",
-        "unflatten", "split", "chunk", "unbind", "contiguous", "getitem", "t", "dropout", "identity",
-        "slice", "select", "split_with_sizes", "alias", "detach", "expand_as", "narrow", "movedim",
+        "unflatten", "split", "chunk", "unbind", "contiguous", "getitem", "t", "dropout",
+        "identity", "slice", "select", "split_with_sizes", "alias", "detach", "expand_as",
+        "narrow", "movedim",
     },
-    SHAPE: {"sym_size", "size", "getattr", "dim", "eq", "_assert", "ge", "floordiv", "_assert_scalar",
+    SHAPE: {"sym_size", "size", "getattr", "dim", "eq", "_assert", "ge", "floordiv",
+            "_assert_scalar",
             "sym_constrain_range_for_size", "_guards_fn", "sym_numel", "sym_float", "sym_int"},
     POINTWISE: {"gelu", "relu", "silu", "tanh", "sigmoid", "add", "mul", "sub", "div", "truediv",
                 "neg", "pow", "rsqrt", "exp", "hardswish", "hardtanh", "relu6", "to", "where",
@@ -71,8 +74,9 @@ def class_of(node: fx.Node) -> str:
     if _is_scalar(node):
         return SHAPE
     name = name_of(node)
+    tensor = isinstance(node.meta.get("val"), torch.Tensor)
     for kind, names in _CLASSES.items():
-        if name in names:
+        if name in names and not (kind == SHAPE and tensor):
             return kind
     if node.target is ops.attention:
         return ATTENTION
@@ -108,7 +112,9 @@ def module_path(node: fx.Node) -> list[tuple[str, str]]:
     found = []
     for path, kind in node.meta.get("nn_module_stack", {}).values():
         name = kind if isinstance(kind, str) else kind.__name__
-        found.append((path.removeprefix("L['self'].").removeprefix("L['self']"), name.split(".")[-1]))
+        found.append(
+            (path.removeprefix("L['self'].").removeprefix("L['self']"), name.split(".")[-1])
+        )
     while found and any(found[-1][1].endswith(leaf) for leaf in _LEAVES):
         found.pop()
     return found

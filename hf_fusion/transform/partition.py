@@ -9,8 +9,9 @@ from functools import partial
 from torch import fx, nn
 
 from . import rules
+from .attention import attentions, pre_packed
 from .blocks import blocks, read_layer
-from .groups import BLOCK, CHAIN, CORE, PARALLEL, Claims, FusionGroup, ParallelFusionGroup
+from .groups import BLOCK, CHAIN, CORE, Claims, FusionGroup, ParallelFusionGroup
 from .interface import attention_layers
 from .nodes import (
     ATTENTION,
@@ -26,7 +27,7 @@ from .nodes import (
     owner_of,
 )
 from .report import FusionReport, Leftover
-from .rules import Attention, FusionRule, attentions, counted, parallel, pre_packed
+from .rules import FusionRule, counted, parallel
 
 
 class FusionBasedPartitioner:
@@ -130,7 +131,9 @@ class AttentionFusionPartitioner(FusionBasedPartitioner):
         report = self._finish(module, claims, refused)
         if self._whole:
             why = Counter(read_layer(attention)[1] for attention in attentions(module.graph))
-            report.notes += [f"{n} layers are not one call: {text}" for text, n in why.items() if text]
+            report.notes += [
+                f"{n} layers are not one call: {text}" for text, n in why.items() if text
+            ]
         if self._model is not None:
             layers = attention_layers(self._model)
             report.expected = {name: type(layer).__name__ for name, layer in layers.items()}
@@ -167,11 +170,3 @@ class AttentionFusionPartitioner(FusionBasedPartitioner):
         if self._report is None:
             raise RuntimeError("partition() has not run")
         return self._report
-
-
-__all__ = [
-    "Attention",
-    "AttentionFusionPartitioner",
-    "FusionBasedPartitioner",
-    "PARALLEL",
-]

@@ -65,7 +65,9 @@ class FusionReport:
     @property
     def max_fusion_size(self) -> int:
         """Operators in the largest group."""
-        return max((group.num_operators for group in self.subgraphs), default=min(1, len(self.leftovers)))
+        return max(
+            (group.num_operators for group in self.subgraphs), default=min(1, len(self.leftovers))
+        )
 
     @property
     def data_movement_reduction(self) -> float:
@@ -122,7 +124,9 @@ class FusionReport:
             f"estimated data movement reduction {100 * self.data_movement_reduction:.1f} %",
             f"attention layers found {len(self.detected)} of {len(self.expected)}",
         ]
-        lines += [f"  {kind}: {count}" for kind, count in self.get_fused_operator_statistics().items()]
+        lines += [
+            f"  {kind}: {count}" for kind, count in self.get_fused_operator_statistics().items()
+        ]
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
@@ -159,14 +163,23 @@ class FusionReport:
             parts += ["", f"Captured by: {self.road}. Packed weights: {self.packed_bytes} bytes."]
         if self.shapes:
             worst = max(self.errors)
-            parts += [f"Equal to the model at {', '.join(self.shapes)}; largest difference {worst:.1e}."]
+            parts += [
+                f"Equal to the model at {', '.join(self.shapes)}; largest difference {worst:.1e}."
+            ]
         parts += [f"Note: {note}" for note in self.notes]
         for path, why in self.missed.items():
             parts += [f"Attention layer {path} not found: {why}."]
         rows = [tuple(map(str, row)) for row in self.coverage()]
-        parts += ["", "## Operators", "", *markdown(("operator", "fused", "left", "why left"), rows)]
+        parts += [
+            "",
+            "## Operators",
+            "",
+            *markdown(("operator", "fused", "left", "why left"), rows),
+        ]
         refusals = Counter(
-            (group.kind, name, why) for group in self.subgraphs for name, why in group.refused.items()
+            (group.kind, name, why)
+            for group in self.subgraphs
+            for name, why in group.refused.items()
         )
         if refusals:
             rows = [(*key, str(n)) for key, n in refusals.items()]
@@ -183,17 +196,19 @@ class FusionReport:
             if not isinstance(reading, dict) or "kernels" not in reading:
                 continue
             peak = reading.get("peak_bytes")
-            seconds = reading.get("seconds")
+            seconds, written = reading.get("seconds"), reading.get("written_bytes")
             rows.append((
                 name, str(reading["kernels"]), "-" if peak is None else f"{peak / 1e6:.3f}",
-                "-" if reading.get("written_bytes") is None else f"{reading['written_bytes'] / 1e6:.2f}",
+                "-" if written is None else f"{written / 1e6:.2f}",
                 "-" if not seconds else
                 f"{1e3 * seconds[1]:.2f} ({1e3 * seconds[0]:.2f}-{1e3 * seconds[2]:.2f})",
             ))  # fmt: skip
         return markdown(header, rows)
 
     def __str__(self) -> str:
-        rows = [(g.name, g.kind, g.fusion_pattern, g.backend or "-", g.owner) for g in self.subgraphs]
+        rows = [
+            (g.name, g.kind, g.fusion_pattern, g.backend or "-", g.owner) for g in self.subgraphs
+        ]
         return "\n".join(
             [self.summary_stats(), *table(("group", "kind", "pattern", "back end", "module"), rows)]
         )
@@ -202,4 +217,6 @@ class FusionReport:
 def markdown(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
     """Lines of a Markdown table."""
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    return lines + ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+    return lines + [
+        "| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows
+    ]

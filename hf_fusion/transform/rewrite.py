@@ -81,7 +81,11 @@ def _weights(site: Site) -> list[tuple[str, str | None]]:
     for node in site.inner.graph.nodes:
         if node.op != "call_function" or node.target is not torch.ops.aten.linear.default:
             continue
-        paths = [site.call.args[site.placeholders.index(a)].target for a in node.args[1:] if a is not None]
+        paths = [
+            site.call.args[site.placeholders.index(a)].target
+            for a in node.args[1:]
+            if a is not None
+        ]
         found.append((paths[0], paths[1] if len(paths) > 1 else None))
     return found
 

@@ -60,7 +60,7 @@ class Site:
         return value if isinstance(value, Tensor) else None
 
     def exclusive(self, index: int) -> bool:
-        """Whether nothing but this call will read the argument's memory, so that it may be reused."""
+        """Whether nothing but this call will read the argument's memory: it may be reused."""
         return owns(self.outer, self.call.args[index], self.call)
 
 
@@ -94,7 +94,7 @@ def _returns_fresh(module: nn.Module, index: int | None) -> bool:
 
 
 def fresh_results(inner: fx.GraphModule) -> tuple[bool, ...]:
-    """Per result of a group, whether its memory is its own: not an input's, not another result's."""
+    """Per result of a group, whether its memory is its own, no input's and no other result's."""
     returned = inner.graph.output_node().args[0]
     results = list(returned) if isinstance(returned, tuple) else [returned]
     roots = []

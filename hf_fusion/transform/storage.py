@@ -50,7 +50,9 @@ def save(fused: FusedModel, folder: Any) -> None:
     leaves = pytree.tree_leaves(expected)
     weights |= {f"expected.{i}": t for i, t in enumerate(leaves) if isinstance(t, Tensor)}
     # views of packed weights become tensors of their own: the model's layout
-    save_file({name: t.detach().clone().contiguous() for name, t in weights.items()}, folder / WEIGHTS)
+    save_file(
+        {name: t.detach().clone().contiguous() for name, t in weights.items()}, folder / WEIGHTS
+    )
     described = {
         "format": FORMAT,
         "model": fused.report.model,
@@ -165,7 +167,11 @@ def _target(node: fx.Node) -> str:
     if isinstance(target, torch._ops.OpOverload) and target.namespace in _NAMESPACES:
         return f"{target._schema.name}.{target._overloadname}"
     name = getattr(target, "__name__", "")
-    if node.op == "call_function" and getattr(operator, name, None) is target and name in _OPERATORS:
+    if (
+        node.op == "call_function"
+        and getattr(operator, name, None) is target
+        and name in _OPERATORS
+    ):
         return f"operator::{name}"
     raise FusionError(Reason.ARGUMENT, f"{node.name} calls {target}, which cannot be stored")
 

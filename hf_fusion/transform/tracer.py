@@ -49,7 +49,9 @@ class DecomposingTracer(fx.Tracer):
     that holds the graph's parameters, which are the model's own.
     """
 
-    def __init__(self, *, example_inputs: Any = None, level: str = "explicit", dynamic: bool = True):
+    def __init__(
+        self, *, example_inputs: Any = None, level: str = "explicit", dynamic: bool = True
+    ):
         super().__init__()
         self.example_inputs, self.level, self.dynamic = example_inputs, level, dynamic
         self.decomposed_modules: list[str] = []
@@ -57,9 +59,7 @@ class DecomposingTracer(fx.Tracer):
     def trace(self, root: nn.Module, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         """The graph of `root`; FusionError where it can be traced neither way."""
         if self.example_inputs is not None or hasattr(root, "main_input_name"):
-            captured = capture(
-                root, self._examples(root, concrete_args), dynamic=self.dynamic
-            )
+            captured = capture(root, self._examples(root, concrete_args), dynamic=self.dynamic)
             decompose(captured, self.level)
             self.decomposed_modules = list(captured.expected)
             self.root = captured.graph_module

@@ -10,10 +10,11 @@ from .ops import attention
 aten = torch.ops.aten
 _ONES = {aten.ones.default, aten.new_ones.default, aten.ones_like.default}
 _CARRIES = {
-    aten.reshape.default, aten.view.default, aten.unsqueeze.default, aten.squeeze.dim, aten.expand.default,
-    aten.flatten.using_ints, aten.select.int, aten.slice.Tensor, aten.transpose.int, aten.index.Tensor,
-    aten.upsample_nearest2d.vec, aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten.clone.default,
-    aten.contiguous.default, aten.alias.default, aten.permute.default, aten.repeat.default,
+    aten.reshape.default, aten.view.default, aten.unsqueeze.default, aten.squeeze.dim,
+    aten.expand.default, aten.flatten.using_ints, aten.select.int, aten.slice.Tensor,
+    aten.transpose.int, aten.index.Tensor, aten.upsample_nearest2d.vec, aten.to.dtype,
+    aten.to.device, aten.to.dtype_layout, aten.clone.default, aten.contiguous.default,
+    aten.alias.default, aten.permute.default, aten.repeat.default,
 }  # fmt: skip
 _AND = {aten.__and__.Tensor, aten.logical_and.default, aten.bitwise_and.Tensor}
 
@@ -24,7 +25,11 @@ def drop_open_masks(graph: fx.Graph) -> int:
     dropped = 0
     for node in graph.nodes:
         mask = node.args[3] if node.target is attention and len(node.args) > 3 else None
-        if isinstance(mask, fx.Node) and mask.meta["val"].dtype == torch.bool and _all_one(mask, known):
+        if (
+            isinstance(mask, fx.Node)
+            and mask.meta["val"].dtype == torch.bool
+            and _all_one(mask, known)
+        ):
             node.args = (*node.args[:3], None, *node.args[4:])
             dropped += 1
     return dropped

@@ -23,11 +23,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from . import ops
+from .attention import Attention, attentions
 from .backends import _aten_build, register_backend, unregister_backend
 from .explicit import put_together
 from .groups import CORE, FusionGroup
 from .nodes import INPUT, class_of, exclusive_views_down, exclusive_views_up, name_of
-from .rules import Attention, attentions, register_fusion_rule, unregister_fusion_rule
+from .rules import register_fusion_rule, unregister_fusion_rule
 from .site import Site
 
 Match = Callable[[Attention, fx.GraphModule], "dict[str, Any] | None"]
@@ -140,7 +141,7 @@ def fold_constants(site: Site) -> int:
 
 
 def parameter_only(node: fx.Node | None) -> list[fx.Node]:
-    """The nodes that make `node` out of parameters alone, itself included; none if there is more."""
+    """The nodes that make `node` out of parameters alone, itself included, or none."""
     found, waiting = [], [node] if isinstance(node, fx.Node) else []
     while waiting:
         here = waiting.pop()
