@@ -10,6 +10,8 @@ TRANSFORMERS ?= transformers==5.23.0
 # CUDA kernels take two minutes to compile; without a driver they are left to the compiler gate in
 # the tests. CUDA=AUTO compiles them where nvcc is, as `pip install .` does.
 CUDA ?= $(if $(shell command -v nvidia-smi),AUTO,OFF)
+# Test processes; each runs kernels on up to two threads, which must not spin for one another.
+WORKERS ?= $(shell nproc | awk '{ print $$1 < 4 ? $$1 : 4 }')
 PYTEST_ARGS ?=
 FUZZ_ARGS ?=
 
@@ -38,7 +40,7 @@ help:
 	@echo 'make sanitize   native cases under address, undefined-behaviour and thread sanitizers'
 	@echo 'make venv       .venv with torch; make install: with this package, not editable'
 	@echo 'make clean      remove build/ and caches; make distclean: .venv as well'
-	@echo 'Variables: PYTHON VENV TORCH TORCH_INDEX TRANSFORMERS CUDA PYTEST_ARGS FUZZ_ARGS'
+	@echo 'Variables: PYTHON VENV TORCH TORCH_INDEX TRANSFORMERS CUDA WORKERS PYTEST_ARGS FUZZ_ARGS'
 
 venv: $(VENV)/torch.stamp
 install: $(VENV)/install.stamp
@@ -80,7 +82,7 @@ $(VENV)/install.stamp: $(VENV)/torch.stamp $(SOURCES)
 
 # Inside tests/, so that Python imports the installed package and not this tree.
 test: $(VENV)/install.stamp | $(OWN_CMAKE)
-	cd tests && $(BIN)/pytest $(PYTEST_ARGS)
+	cd tests && OMP_WAIT_POLICY=passive $(BIN)/pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
 
 demo: $(VENV)/install.stamp
 	@mkdir -p $(RESULTS)

@@ -4,6 +4,7 @@ tried.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import subprocess
@@ -87,13 +88,16 @@ def native_build() -> Path:
         pytest.skip("no cmake or no C++ compiler to build the native cases with")
     root = Path(__file__).resolve().parents[1]
     build = root / "build/cases"
+    build.mkdir(parents=True, exist_ok=True)
     switches = [f"-DHFF_{name}=ON" for name in ("TESTS", "FAULTS", "EMULATE")]
-    for command in (
-        [cmake, "-S", str(root), "-B", str(build), "-DCMAKE_BUILD_TYPE=Release", *switches],
-        [cmake, "--build", str(build), "--parallel"],
-    ):
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    with open(build / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the workers of a parallel run build once
+        for command in (
+            [cmake, "-S", str(root), "-B", str(build), "-DCMAKE_BUILD_TYPE=Release", *switches],
+            [cmake, "--build", str(build), "--parallel"],
+        ):
+            done = subprocess.run(command, capture_output=True, text=True)
+            assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     return build
 
 
@@ -101,22 +105,43 @@ def native_build() -> Path:
 def pytest_runtest_makereport(item, call):
     report = yield
     marker = item.get_closest_marker("reliability")
-    if marker is None or (report.when != "call" and report.passed):
-        return report
-    row = marker.args[0]
-    if len(marker.args) > 1:
-        ROWS[row] = marker.args[1]
-    if report.skipped:
-        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
-        _skips[row][reason.removeprefix("Skipped: ")] += 1
-    else:
-        # a test that counts its trials has passed those it counted; the one that failed is one more
+    if marker is not None and not (report.when != "call" and report.passed):
         counted = getattr(item, "hff_trials", None)
-        _trials[row] += (1 if counted is None else counted) + (
-            report.failed and counted is not None
-        )
-        _failures[row] += report.failed
+        report.user_properties.append(("reliability", [*marker.args, counted]))
     return report
+
+
+def pytest_runtest_logreport(report):
+    """Counts what this process ran, or what its workers report."""
+    for name, value in report.user_properties:
+        if name != "reliability" or (report.when != "call" and report.passed):
+            continue
+        row, *title, counted = value
+        if title:
+            ROWS[row] = title[0]
+        if report.skipped:
+            longrepr = report.longrepr
+            reason = longrepr[2] if isinstance(longrepr, (tuple, list)) else str(longrepr)
+            _skips[row][reason.removeprefix("Skipped: ")] += 1
+        else:
+            # a test that counts its trials has passed those it counted; the one that failed is one
+            # more
+            _trials[row] += (1 if counted is None else counted) + (
+                report.failed and counted is not None
+            )
+            _failures[row] += report.failed
+
+
+def pytest_sessionfinish(session):
+    """A worker of a parallel run hands what it saw to the process that prints the summary."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["seen"] = dict(HITS), dict(REASONS)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node, error):
+    for total, seen in zip((HITS, REASONS), getattr(node, "workeroutput", {}).get("seen", ())):
+        total.update(seen)
 
 
 def pytest_terminal_summary(terminalreporter):
