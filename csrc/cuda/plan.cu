@@ -1,6 +1,6 @@
 #include <algorithm>
 
-#include "abi_checks.h"
+#include "refuse.h"
 #include "cuda/plan.h"
 
 namespace hff {
