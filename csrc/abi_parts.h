@@ -4,12 +4,17 @@
 
 #include <cmath>
 
+#include "backend.h"
 #include "checked.h"
-#include "refuse.h"
 
 namespace hff {
 
 constexpr int64_t kMaxThreads = 255;
+
+#define HFF_REQUIRE(condition, ...)                                 \
+  do {                                                              \
+    if (!(condition)) return ::hff::fail(HFF_INVALID, __VA_ARGS__); \
+  } while (0)
 
 // `elements` of `size` bytes each lie inside the buffer.
 inline hff_status check_buffer(const void* data, int64_t bytes, Size elements, int64_t size,

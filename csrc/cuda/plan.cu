@@ -1,7 +1,7 @@
-#include <algorithm>
-
-#include "refuse.h"
 #include "cuda/plan.h"
+
+#include <algorithm>
+#include <cstring>
 
 namespace hff {
 namespace cuda {
