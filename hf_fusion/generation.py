@@ -212,8 +212,8 @@ def generate(
     """Tokens (B, prompt and up to max_new_tokens), int64, as model.generate() gives them.
 
     input_ids: (B, prompt), padded at the left where attention_mask (B, prompt) is 0; without a
-    mask, where they are the padding id and that ends no sequence. eos_token_id, pad_token_id: None for
-    those of model.generation_config; eos_token_id=() for none. A row ends with its first
+    mask, where they are the padding id and that ends no sequence. eos_token_id, pad_token_id: None
+    for those of model.generation_config; eos_token_id=() for none. A row ends with its first
     end-of-sequence id and goes on with padding; the result is as long as its longest row.
 
     Greedy tokens are those of model.generate(do_sample=False) for the same forward. Sampling draws

@@ -40,7 +40,8 @@ def patch(
     """Makes this model instance run fused, in place; returns what was done, layer by layer.
 
     fusion: "none" (wrappers that count and delegate), "decomposed" (attention as explicit torch
-    operations), "attention", "attention+up", "full". backend: "auto", "cpu", "cuda", "reference".
+    operations), "attention", "attention+up", "full". backend: "auto" (by where the weights lie),
+    "cpu", "cuda", "reference".
     Weights are bound at the first call, so the model may still be moved, cast or loaded. A patched
     model is patched again with the options given.
 

@@ -106,7 +106,7 @@ def load_model(name: str, dtype: str = "bf16", seed: int = 0) -> LoadedModel:
     return LoadedModel(name, dtype, source, model.eval(), tokenizer)
 
 
-def random_pythia(name: str, dtype: str, seed: int) -> nn.Module:
+def random_pythia(name: str, dtype: str, seed: int, device: str = "cpu") -> nn.Module:
     """A GPT-NeoX of a published Pythia shape: weights and biases from N(0, 0.02), norms at 1 and "
     "0."""
     from transformers import GPTNeoXConfig
@@ -124,12 +124,14 @@ def random_pythia(name: str, dtype: str, seed: int) -> nn.Module:
         bos_token_id=0,
         eos_token_id=0,
     )
-    return random_model(config, dtype, seed)
+    return random_model(config, dtype, seed, device=device)
 
 
-def random_model(config: Any, dtype: str, seed: int, auto: Any = None) -> nn.Module:
-    """The model of `config` by the auto class `auto` (default causal LM), filled once, with
-    the same values (rounded) in every dtype.
+def random_model(
+    config: Any, dtype: str, seed: int, auto: Any = None, device: str = "cpu"
+) -> nn.Module:
+    """The model of `config` by the auto class `auto` (default causal LM) on `device`, filled
+    there once, with the same values (rounded) in every dtype.
 
     Parameters are made on the meta device first: the library's own initialisation takes minutes at
     a billion weights.
@@ -139,13 +141,13 @@ def random_model(config: Any, dtype: str, seed: int, auto: Any = None) -> nn.Mod
 
     with init_empty_weights(include_buffers=False):
         model = (auto or AutoModelForCausalLM).from_config(config, dtype=DTYPES[dtype])
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
     filled: dict[int, nn.Parameter] = {}
     for module in model.modules():
         norm = "norm" in type(module).__name__.lower()
         for key, parameter in list(module.named_parameters(recurse=False)):
             if id(parameter) not in filled:
-                value = torch.empty(parameter.shape)
+                value = torch.empty(parameter.shape, device=device)
                 if norm:
                     value.fill_(1.0 if key == "weight" else 0.0)
                 else:
@@ -155,7 +157,7 @@ def random_model(config: Any, dtype: str, seed: int, auto: Any = None) -> nn.Mod
                 )
             setattr(module, key, filled[id(parameter)])
     model.tie_weights()
-    return model
+    return model.to(device)
 
 
 def prompts(
