@@ -7,12 +7,11 @@ import ctypes
 import importlib.util
 import os
 import re
-import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from builds import program
 
 from hf_fusion import native
 from hf_fusion.report import FusionError, Reason
@@ -423,38 +422,12 @@ def test_sizes_are_multiplied_in_checked_h_only():
 # ---------------------------------------------------------------- the native cases
 
 
-def tool(name: str) -> str | None:
-    beside = Path(sys.executable).parent / name
-    return shutil.which(name) or (str(beside) if beside.exists() else None)
-
-
-@pytest.fixture(scope="session")
-def cases() -> str:
-    """hff_cases: HFF_CASES if set, else built with fault switches into build/cases."""
-    if os.environ.get("HFF_CASES"):
-        return os.environ["HFF_CASES"]
-    cmake = tool("cmake")
-    if not cmake or not (os.environ.get("CXX") or tool("c++") or tool("g++")):
-        pytest.skip(
-            "no cmake or no C++ compiler to build tests/native with; set HFF_CASES to a built hff_cases"
-        )
-    build = ROOT / "build/cases"
-    options = ["-DCMAKE_BUILD_TYPE=Release", "-DHFF_TESTS=ON", "-DHFF_FAULTS=ON"]
-    for command in (
-        [cmake, "-S", str(ROOT), "-B", str(build), *options],
-        [cmake, "--build", str(build), "--parallel"],
-    ):
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    return str(build / "hff_cases")
-
-
 @pytest.mark.parametrize(
     "arguments", [["test"], ["fuzz", "--trials", "50000"]], ids=lambda a: a[0]
 )
-def test_native_cases(cases, arguments, capsys):
+def test_native_cases(arguments, capsys):
     """Reliability rows 1, 2, 8, 9, 13, 16, 17, 20, 21, 24, 27; the counts are printed."""
-    done = subprocess.run([cases, *arguments], capture_output=True, text=True, timeout=900)
+    done = subprocess.run([program("hff_cases"), *arguments], capture_output=True, text=True, timeout=900)
     with capsys.disabled():
         print("\n" + done.stdout[-20000:])
     assert done.returncode == 0, done.stdout[-20000:] + done.stderr[-4000:]

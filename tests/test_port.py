@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from builds import ROOT, program, tool
 
-ROOT = Path(__file__).resolve().parent.parent
 ARCHITECTURES = ("80", "86", "89", "90a", "100", "120")
 # What the primitives must become on sm_90; the registers between do not matter.
 INSTRUCTIONS = (
@@ -35,34 +31,10 @@ INSTRUCTIONS = (
 )
 
 
-def tool(name: str) -> str | None:
-    beside = Path(sys.executable).parent / name
-    return shutil.which(name) or (str(beside) if beside.exists() else None)
-
-
-@pytest.fixture(scope="module")
-def port_cases() -> str:
-    """hff_port_cases: HFF_PORT_CASES if set, else built into build/cases, beside hff_cases."""
-    if os.environ.get("HFF_PORT_CASES"):
-        return os.environ["HFF_PORT_CASES"]
-    cmake = tool("cmake")
-    if not cmake or not (os.environ.get("CXX") or tool("c++") or tool("g++")):
-        pytest.skip("no cmake or no C++ compiler to build tests/native with")
-    build = ROOT / "build/cases"
-    options = ["-DCMAKE_BUILD_TYPE=Release", "-DHFF_TESTS=ON", "-DHFF_FAULTS=ON"]
-    for command in (
-        [cmake, "-S", str(ROOT), "-B", str(build), *options],
-        [cmake, "--build", str(build), "--parallel", "--target", "hff_port_cases"],
-    ):
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    return str(build / "hff_port_cases")
-
-
 @pytest.mark.reliability(16, "determinism")
-def test_kernels_on_fibers(port_cases, trials, capsys):
+def test_kernels_on_fibers(trials, capsys):
     """Each case is a kernel under 1,000 seeds, or a fault that is found within them; the list is printed."""
-    done = subprocess.run([port_cases], capture_output=True, text=True, timeout=600)
+    done = subprocess.run([program("hff_port_cases")], capture_output=True, text=True, timeout=600)
     with capsys.disabled():
         print("\n" + done.stdout[-40000:])
     assert done.returncode == 0, done.stdout[-20000:] + done.stderr[-4000:]
