@@ -4,14 +4,10 @@ tried.
 
 from __future__ import annotations
 
-import fcntl
-import os
-import shutil
-import subprocess
-import sys
 from collections import Counter, defaultdict
 from pathlib import Path
 
+import builds
 import pytest
 import torch
 from twins import HITS, REASONS
@@ -74,31 +70,10 @@ def force_isa():
     native.select_isa(None)
 
 
-def tool(name: str) -> str | None:
-    """Path of a program, on PATH or beside this Python."""
-    beside = Path(sys.executable).parent / name
-    return shutil.which(name) or (str(beside) if beside.exists() else None)
-
-
 @pytest.fixture(scope="session")
 def native_build() -> Path:
     """build/cases, with hff_cases and a library that has fault switches and emulates CUDA."""
-    cmake = tool("cmake")
-    if not cmake or not (os.environ.get("CXX") or tool("c++") or tool("g++")):
-        pytest.skip("no cmake or no C++ compiler to build the native cases with")
-    root = Path(__file__).resolve().parents[1]
-    build = root / "build/cases"
-    build.mkdir(parents=True, exist_ok=True)
-    switches = [f"-DHFF_{name}=ON" for name in ("TESTS", "FAULTS", "EMULATE")]
-    with open(build / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # the workers of a parallel run build once
-        for command in (
-            [cmake, "-S", str(root), "-B", str(build), "-DCMAKE_BUILD_TYPE=Release", *switches],
-            [cmake, "--build", str(build), "--parallel"],
-        ):
-            done = subprocess.run(command, capture_output=True, text=True)
-            assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    return build
+    return builds.native_build()
 
 
 @pytest.hookimpl(wrapper=True)

@@ -95,7 +95,7 @@ bool run_differential(const Options& options, const std::string& isa) {
 bool run_determinism(const Options& options, const std::string& isa) {
   Tally tally(options, "determinism",
               "row 16 bits: threads 1, 2, 3, 7; repeats; batch row alone; not packed", isa);
-  return run_trials(options, tally, on_device() ? 60 : 200, [&](Random& random, uint64_t seed) {
+  return run_trials(options, tally, on_device() ? 25 : 200, [&](Random& random, uint64_t seed) {
     const Kernel& kernel = pick_kernel(random, options);
     tally.begin(seed, kernel.name);
     const auto c = kernel.make(random, Design{});

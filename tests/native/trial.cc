@@ -172,7 +172,8 @@ void Tally::begin(uint64_t seed, const std::string& kernel) {
 
 void Tally::end(const std::string& failure) {
   alarm(0);
-  if (on_device() && failure.find("kernel has no room") != std::string::npos)
+  const bool refused = on_device() && failure.rfind("status 2: the ", 0) == 0;
+  if (refused && failure.find(" kernel has no room ") != std::string::npos)
     ++without_room_;
   else if (!failure.empty())
     fail(failure);

@@ -1,0 +1,146 @@
+"""What nvcc makes of the CUDA kernels, without a device: registers, spills, shared memory and
+instructions, per architecture.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import subprocess
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from builds import ROOT, tool
+
+pytestmark = pytest.mark.xdist_group("nvcc")  # all read one compilation
+
+SOURCES = sorted((ROOT / "csrc/cuda").glob("*.cu"))
+# Code of one virtual architecture, for the real ones that run it.
+GROUPS = {"80": ("80", "86", "89"), "90a": ("90a",), "100": ("100",), "120": ("120",)}
+ARCHITECTURES = [real for group in GROUPS.values() for real in group]
+KERNELS = {"attend_heads", "attention_up", "phase", "token"}
+# They run the code of sm_80; the kernel that asks for the most registers stands for all.
+OF_SM_80 = {"86": {"token"}, "89": {"token"}}
+REGISTERS = 65536  # of a multiprocessor
+# What sm_90 has and sm_80 lacks; the registers between do not matter.
+SM_90 = (
+    "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes",
+    "mbarrier.try_wait.parity",
+    "barrier.cluster.arrive.release",
+    "barrier.cluster.wait.acquire",
+    "griddepcontrol.launch_dependents",
+    "griddepcontrol.wait",
+)
+EVERYWHERE = ("ld.acquire.gpu", "ld.shared.v4.u32", "ld.global.cg.v4.u32")
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """An entry point as ptxas reports it."""
+
+    name: str  # mangled
+    architecture: str
+    registers: int
+    stack: int  # bytes, as are the rest
+    spilled: int
+    shared: int
+
+
+ENTRY = re.compile(
+    r"Compiling entry function '(?P<name>\w+)' for 'sm_(?P<architecture>\w+)'.*?"
+    r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, "
+    r"(?P<loads>\d+) bytes spill loads.*?Used (?P<registers>\d+) registers(?P<rest>[^\n]*)",
+    re.S,
+)
+
+
+def entries(report: str) -> list[Kernel]:
+    found = []
+    for entry in ENTRY.finditer(report):
+        shared = re.search(r"(\d+)(?:\+\d+)? bytes smem", entry["rest"])
+        spilled = int(entry["stores"]) + int(entry["loads"])
+        sizes = int(entry["registers"]), int(entry["stack"]), spilled
+        found.append(
+            Kernel(
+                entry["name"], entry["architecture"], *sizes, int(shared.group(1)) if shared else 0
+            )
+        )
+    return found
+
+
+def compiled_one(compiler: str, source: Path, group: str) -> tuple[str, list[Kernel]]:
+    """PTX of one file for one virtual architecture, and its kernels on the real ones."""
+    reals = [real for real in GROUPS[group] if source.stem in OF_SM_80.get(real, {source.stem})]
+    code = ",".join(f"sm_{real}" for real in reals)
+    with tempfile.TemporaryDirectory() as folder:
+        command = [
+            *(compiler, "-std=c++17", f"-I{ROOT / 'csrc'}", "-Xptxas=-v"),
+            *(f"-gencode=arch=compute_{group},code=[{code}]", "-fatbin", "--keep"),
+            *("--keep-dir", folder, "-o", f"{folder}/out.fatbin", str(source)),
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0 and "warning" not in done.stderr, done.stderr[-4000:]
+        return (Path(folder) / f"{source.stem}.ptx").read_text(), entries(
+            done.stderr + done.stdout
+        )
+
+
+@functools.lru_cache(maxsize=None)
+def compiled() -> tuple[dict[str, str], list[Kernel]]:
+    """PTX of all files by virtual architecture, and the kernels; two compilers at a time."""
+    compiler = tool("nvcc")
+    if compiler is None:
+        pytest.skip("no nvcc to compile csrc/cuda with")
+    work = [(source, group) for source in SOURCES for group in GROUPS]
+    with ThreadPoolExecutor(2) as pool:
+        outputs = list(pool.map(lambda item: compiled_one(compiler, *item), work))
+    ptx = dict.fromkeys(GROUPS, "")
+    for (_, group), (text, _) in zip(work, outputs):
+        ptx[group] += text
+    return ptx, [kernel for _, kernels in outputs for kernel in kernels]
+
+
+def threads(ptx: str) -> dict[str, int]:
+    """The most threads of a block, by entry point."""
+    found = re.findall(r"\.entry (\w+)\(.*?\.maxntid (\d+)", ptx, flags=re.S)
+    return {name: int(count) for name, count in found}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_kernels_keep_to_registers(architecture):
+    """No spills, no stack, no static shared memory, and a block of the most threads can start."""
+    ptx, kernels = compiled()
+    kernels = [kernel for kernel in kernels if kernel.architecture == architecture]
+    group = next(group for group, reals in GROUPS.items() if architecture in reals)
+    most = threads(ptx[group])
+    found = {name for name in KERNELS if any(name in kernel.name for kernel in kernels)}
+    assert found == OF_SM_80.get(architecture, KERNELS)
+    for kernel in kernels:
+        assert (kernel.stack, kernel.spilled, kernel.shared) == (0, 0, 0), kernel
+        allocated = (kernel.registers + 7) // 8 * 8 * most[kernel.name]
+        assert allocated <= REGISTERS, (kernel, most[kernel.name])
+
+
+def test_two_blocks_of_a_phase_fit_a_multiprocessor():
+    """A phase asks for its weights while the one before still runs."""
+    ptx, kernels = compiled()
+    for kernel in kernels:
+        if "5phaseI" in kernel.name:
+            most = threads(ptx["80"])[kernel.name]
+            assert 2 * (kernel.registers + 7) // 8 * 8 * most <= REGISTERS, kernel
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_kernels_become_their_instructions(group):
+    ptx = compiled()[0][group]
+    own = ("cp.async.cg.shared.global",) if group == "80" else SM_90
+    assert [wanted for wanted in (*own, *EVERYWHERE) if wanted not in ptx] == []
+    assert not re.search(r"\.local\b", ptx), "local memory"
+    # counters only: a sum of data by atomics would depend on timing
+    atomics = set(re.findall(r"\b(?:atom|red)\.(?!f32|async)\S*\.[a-z]+\d+", ptx))
+    assert {atomic.removesuffix(";") for atomic in atomics} == {"atom.acq_rel.gpu.global.add.u32"}
+    absent = SM_90 if group == "80" else ("cp.async.cg.shared.global",)
+    assert [unwanted for unwanted in absent if unwanted in ptx] == []
