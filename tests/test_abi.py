@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import ctypes
 import importlib.util
-import os
 import re
 import subprocess
 from pathlib import Path
