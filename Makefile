@@ -7,6 +7,9 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 TRANSFORMERS ?= transformers==5.23.0
+# CUDA kernels take two minutes to compile; without a driver they are left to the compiler gate in
+# the tests. CUDA=AUTO compiles them where nvcc is, as `pip install .` does.
+CUDA ?= $(if $(shell command -v nvidia-smi),AUTO,OFF)
 PYTEST_ARGS ?=
 FUZZ_ARGS ?=
 
@@ -35,7 +38,7 @@ help:
 	@echo 'make sanitize   native cases under address, undefined-behaviour and thread sanitizers'
 	@echo 'make venv       .venv with torch; make install: with this package, not editable'
 	@echo 'make clean      remove build/ and caches; make distclean: .venv as well'
-	@echo 'Variables: PYTHON VENV TORCH TORCH_INDEX TRANSFORMERS PYTEST_ARGS FUZZ_ARGS'
+	@echo 'Variables: PYTHON VENV TORCH TORCH_INDEX TRANSFORMERS CUDA PYTEST_ARGS FUZZ_ARGS'
 
 venv: $(VENV)/torch.stamp
 install: $(VENV)/install.stamp
@@ -71,7 +74,8 @@ $(VENV)/torch.stamp: $(VENV)/wanted
 $(VENV)/install.stamp: $(VENV)/torch.stamp $(SOURCES)
 	@[[ -n "$${CXX:-}" ]] || command -v c++ g++ clang++ >/dev/null || { \
 	  echo 'no C++ compiler; on Debian and Ubuntu: apt-get install g++' >&2; exit 1; }
-	$(PIP) install --quiet '$(TRANSFORMERS)' '.[harness,test]'
+	$(PIP) install --quiet '$(TRANSFORMERS)' '.[harness,test]' \
+	  --config-settings=cmake.define.HFF_CUDA=$(CUDA)
 	@touch $@
 
 # Inside tests/, so that Python imports the installed package and not this tree.

@@ -15,13 +15,6 @@ constexpr int64_t kMaxThreads = 255;
   do {                                                              \
     if (!(condition)) return ::hff::fail(HFF_INVALID, __VA_ARGS__); \
   } while (0)
-#define HFF_TRY(expression)                  \
-  do {                                       \
-    const hff_status status_ = (expression); \
-    if (status_ != HFF_OK) return status_;   \
-  } while (0)
-
-inline long long shown(int64_t value) { return static_cast<long long>(value); }
 
 // `elements` of `size` bytes each lie inside the buffer.
 inline hff_status check_buffer(const void* data, int64_t bytes, Size elements, int64_t size,

@@ -38,4 +38,14 @@ uint64_t fingerprint(const hff_linear& linear, int64_t size, int64_t phase, uint
 // Keeps one sentence for hff_last_error() of this thread and returns `status`.
 hff_status fail(hff_status status, const char* format, ...) __attribute__((format(printf, 2, 3)));
 
+// As an argument of fail().
+inline long long shown(int64_t value) { return static_cast<long long>(value); }
+
 }  // namespace hff
+
+// Returns from a function of hff_status where `expression` fails.
+#define HFF_TRY(expression)                  \
+  do {                                       \
+    const hff_status status_ = (expression); \
+    if (status_ != HFF_OK) return status_;   \
+  } while (0)

@@ -8,9 +8,19 @@
 """
 
 from .backends import supported
+from .generation import generate
 from .patching import patch, patched, stats, unpatch
 from .registry import register_family
 from .report import FusionError, Reason, Report, Stats
+
+
+def fuse(model, example_inputs=None, **options):
+    """A `transform.FusedModel` of the model; arguments as of `hf_fusion.transform.fuse`."""
+    # not at the top: the graph road's imports are needed by nobody who patches
+    from .transform import fuse as graph_fuse
+
+    return graph_fuse(model, example_inputs, **options)
+
 
 __version__ = "0.1.0"
 
@@ -19,6 +29,8 @@ __all__ = [
     "Reason",
     "Report",
     "Stats",
+    "fuse",
+    "generate",
     "patch",
     "patched",
     "register_family",

@@ -1,4 +1,4 @@
-"""The command `hf-fusion`: info, ablate, perplexity and bench, thin over `hf_fusion.harness`.
+"""The command `hf-fusion`: info, ablate, perplexity, bench and graph, thin over the packages.
 
 Exit codes: 0, every number has its verdict; 1, one has not; 2, a value is not accepted (one line
 says which).
@@ -16,6 +16,7 @@ from typing import Any
 
 from hf_fusion import FusionError, harness
 from hf_fusion.harness import contenders, info, inputs, options, work_options
+from hf_fusion.transform import command as graph
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,6 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
         ("ablate", options.add_ablate, _ablate, "time every rung of fusion against stock"),
         ("perplexity", options.add_perplexity, _perplexity, "perplexity of rungs against stock"),
         ("bench", options.add_bench, _bench, "decoding, encoders and prompts for many shapes"),
+        ("graph", graph.add, graph.run, "fuse a model's graph, measure it, draw it"),
     ):
         command = commands.add_parser(name, help=note)
         add(command)

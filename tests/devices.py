@@ -1,83 +1,61 @@
-"""Libraries whose CUDA device is the host's memory: a stand-in, and the kernels themselves, emulated."""
+"""A CUDA device that is the host's memory: the kernels, emulated, and what calls bring them."""
 
 from __future__ import annotations
 
 import ctypes
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from hf_fusion import native
 
-WORKSPACE = 1000
+SHARED = {800: 163 << 10, 890: 99 << 10, 900: 227 << 10}  # bytes per CTA by architecture
 
 
-class StandIn:
-    """The library with a device that runs the CPU's kernels on the host's memory.
+class Emulated:
+    """The library at `path`, built with HFF_EMULATE, as native.load() gives one.
 
-    As on a device, a missing position is the cache's length, and what lies outside its table gives
-    NaN. `calls` counts what was queued; `workspaces` are the addresses that calls brought, and
-    `stale` says whether one was not zero before its first use.
+    `calls` counts what was queued on the device, `workspaces` are the addresses that calls brought,
+    and `stale` says whether one was not zero before its first use.
     """
 
-    def __init__(self, library: Any):
-        self._library = library
+    def __init__(self, path: Path):
+        self._library = native._open(path)
+        self._library.hff_emulate.argtypes = [ctypes.c_int32] * 3 + [ctypes.c_uint64]
         self.calls, self.workspaces, self.stale = 0, set(), False
+        self.become()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._library, name)
 
-    def hff_describe_device(self, device: int, ordinal: int, out: Any) -> int:
-        if device != native.DEVICES["cuda"] or ordinal != 0:
-            return self._library.hff_describe_device(device, ordinal, out)
-        found = out._obj
-        found.name, found.arch, found.sms, found.host_memory = b"stand-in", 900, 2, 1
-        return native.OK
+    def become(self, arch: int = 900, sms: int = 4, seed: int = 0) -> None:
+        """The device of this thread's next calls, and the seed of their schedules."""
+        self._library.hff_emulate(arch, sms, SHARED[arch], seed)
 
-    def hff_workspace_bytes(self, call: Any, model: Any) -> int:
-        assert self._library.hff_workspace_bytes(call, model) == 0, "the CPU takes no workspace"
-        return WORKSPACE * call._obj.batch
+    def hff_model_forward(self, call: Any, *arguments: Any) -> int:
+        return self._run(self._library.hff_model_forward, call, *arguments)
 
-    def hff_model_forward(self, call: Any, model: Any, caches: Any, io: Any) -> int:
-        outputs = (io._obj.logits, io._obj.hidden)
-        return self._run(self._library.hff_model_forward, call, model, caches, io, outputs)
+    def hff_block_forward(self, call: Any, *arguments: Any) -> int:
+        return self._run(self._library.hff_block_forward, call, *arguments)
 
-    def hff_block_forward(self, call: Any, block: Any, cache: Any, io: Any) -> int:
-        full = io._obj.stage == native.STAGES["full"]
-        outputs = (io._obj.out,) if full else (io._obj.attention_out,)
-        return self._run(self._library.hff_block_forward, call, block, cache, io, outputs)
-
-    def _run(self, function: Any, call: Any, what: Any, caches: Any, io: Any, outputs) -> int:
-        given = call._obj
-        if given.device == native.DEVICES["cpu"]:
-            return function(call, what, caches, io)
-        workspace = (ctypes.c_char * given.workspace.bytes).from_address(given.workspace.data)
-        assert given.workspace.data % 256 == 0 and len(workspace) == WORKSPACE * given.batch
-        if given.workspace.data not in self.workspaces:
-            self.stale |= any(workspace.raw)
-            self.workspaces.add(given.workspace.data)
-        ctypes.memset(workspace, 1, len(workspace))
-        host = native.Call.from_buffer_copy(given)
-        host.device = native.DEVICES["cpu"]
-        length = ctypes.c_int64.from_address(caches[0].length).value
-        position = ctypes.c_int64(length)
-        if host.positions.data is None:
-            host.positions = native.Buffer(ctypes.addressof(position), 8)
-            host.position_batch_stride = host.position_query_stride = 0
-        self.calls += 1
-        status = function(ctypes.byref(host), what, caches, io)
-        if status != native.OUT_OF_RANGE:
-            return status
-        for output in outputs:
-            if output.data is not None:
-                ctypes.memset(output.data, 0xFF, output.bytes)
-        return native.OK
+    def _run(self, function: Any, call: Any, *arguments: Any) -> int:
+        if call._obj.device == native.DEVICES["cuda"]:
+            self.calls += 1
+            workspace = call._obj.workspace
+            if workspace.data not in self.workspaces:
+                self.workspaces.add(workspace.data)
+                self.stale |= any(ctypes.string_at(workspace.data, workspace.bytes))
+        return function(call, *arguments)
 
 
 class Unreadable:
-    """Inside, whatever would bring a tensor's value to the host raises."""
+    """Inside, whatever would bring a tensor's value to the host raises, or a count from there."""
 
-    METHODS = ("item", "tolist", "__bool__", "__int__", "__index__", "__float__", "numpy", "equal")
+    METHODS = (
+        "item", "tolist", "__bool__", "__int__", "__index__", "__float__", "numpy", "equal",
+        "fill_",
+    )  # fmt: skip
 
     def __enter__(self):
         self.before = [getattr(torch.Tensor, name) for name in self.METHODS]

@@ -1,5 +1,5 @@
-"""The CUDA back end from Python, on a device that is the host's memory: what runs, what is refused,
-and that caches, weights and calls mean there what they mean on the CPU.
+"""The CUDA back end from Python, its kernels emulated on the host's memory: what runs, what is
+refused, and that caches, weights and calls mean there what they mean on the CPU.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import functools
 import pytest
 import shapes
 import torch
-from devices import StandIn, Unreadable
+from devices import SHARED, Emulated, Unreadable
 from pairs import tokens
 from test_patching import picture
 from transformers import DynamicCache, StaticCache
@@ -34,9 +34,9 @@ PROMPT, STEPS = 6, 4
 
 
 @pytest.fixture
-def device(monkeypatch) -> StandIn:
-    """A device in every library call of the test."""
-    library = StandIn(native.load())
+def device(native_build, monkeypatch) -> Emulated:
+    """The emulated device in place of the package's library."""
+    library = Emulated(native_build / native.library_path().name)
     monkeypatch.setattr(native, "_library", library)
     return library
 
@@ -91,8 +91,10 @@ def test_the_report_names_the_device(device):
     before = picture(model)
     report = hf_fusion.patch(model, backend="cuda")
     assert report.fused_layers == 2 and report.reason is None and not report.packed_bytes
-    assert {(layer.backend, layer.kernel) for layer in report.layers} == {("cuda", "sm_90 emulated")}
-    assert {r["status"] for r in hf_fusion.supported().to_dict() if r["backend"] == "cuda"} == {"yes"}
+    kernels = {(layer.backend, layer.kernel) for layer in report.layers}
+    assert kernels == {("cuda", "sm_90 emulated")}
+    rows = hf_fusion.supported().to_dict()
+    assert {row["status"] for row in rows if row["backend"] == "cuda"} == {"yes"}
     with fused_hits(model, refused=(Reason.ROWS,)):
         model.generate(tokens(0), max_new_tokens=3, do_sample=False)
     hf_fusion.unpatch(model)
@@ -104,13 +106,10 @@ def test_the_report_names_the_device(device):
 @pytest.mark.parametrize("residual", RESIDUALS)
 def test_steps_are_as_right_as_stock_s(device, residual, dtype, fusion, trials):
     pair = twin_of(residual, dtype)
-    for number, (batch, padded, static) in enumerate(
-        (batch, padded, static)
-        for batch in (1, 2, 3, 4)
-        for padded in (False, True)
-        for static in (False, True)
-    ):
-        case = (batch, padded, static, number)
+    kinds = [(batch, padded) for batch in (1, 2, 3, 4) for padded in (False, True)]
+    for number, (batch, padded) in enumerate(kinds):
+        case = (batch, padded, (number + RUNGS.index(fusion)) % 2 == 1, number)
+        device.become(seed=number)
         what = f"{pair.name}: {fusion}, {case}"
         stock, exact = steps(pair.stock, *case), steps(pair.exact, *case)
         with patched(pair.fused, fusion):
@@ -125,6 +124,23 @@ def test_steps_are_as_right_as_stock_s(device, residual, dtype, fusion, trials):
             elif fusion != "decomposed":
                 assert stats.calls["layer"] == device.calls == 2 * STEPS, f"{what}\n{stats}"
         judge_all(got, stock, exact, pair.stages, what)
+        trials()
+
+
+@pytest.mark.parametrize("arch", SHARED)
+@pytest.mark.parametrize("plan", native.PLANS)
+def test_every_plan_on_every_architecture(device, plan, arch, trials):
+    """The same tokens, whatever the device and the order in which its threads run."""
+    model = model_of("bf16", seed=1)
+    mask = torch.tensor([[0, 1, 1, 1, 1], [1] * 5])
+    inputs = {"input_ids": tokens(1, 2, 5), "attention_mask": mask}
+    with hf_fusion.patched(model, backend="reference"):
+        want = model.generate(**inputs, max_new_tokens=6)
+    for seed in range(3):
+        device.become(arch, 2 + seed, seed)
+        with patched(model), fused_hits(model, f"{plan}, {arch}, {seed}", (Reason.ROWS,)):
+            vars(model)["_hf_fusion"].state.backends.of(torch.device("cpu")).plan = plan
+            assert torch.equal(model.generate(**inputs, max_new_tokens=6), want), (plan, arch, seed)
         trials()
 
 
@@ -185,7 +201,8 @@ def test_what_no_kernel_takes_runs_stock_and_is_counted(device):
     assert refusals(model_of(), batch=5) == {Reason.ROWS.value: 1}
     assert refusals(model_of("fp32")) == {Reason.DTYPE.value: 1}
     assert refusals(model_of(), use_cache=lambda _: False) == {Reason.CACHE_TYPE.value: 1}
-    late = {"position_ids": lambda _: torch.tensor([[2]]), "cache_position": lambda _: torch.tensor([2])}
+    at = torch.tensor([2])
+    late = {"position_ids": lambda _: at[None], "cache_position": lambda _: at}
     assert set(refusals(model_of(), **late)) == {Reason.POSITIONS.value}
     report = hf_fusion.patch(build("bert", {}, "fp16", "sdpa"), backend="cuda")
     assert {layer.reason for layer in report.layers} == {Reason.UNSUPPORTED}
@@ -312,8 +329,11 @@ def test_changed_weights_and_frequencies_are_seen(device):
         after, calls = step(model), device.calls
         with hf_fusion.patched(copy.deepcopy(model), backend="reference"):
             want = step(copy.deepcopy(model))
-        assert not torch.allclose(before, after, rtol=5e-2, atol=5e-2), f"edit {number} changes nothing"
-        torch.testing.assert_close(after, want, rtol=3e-2, atol=3e-2, msg=lambda m: f"edit {number}: {m}")
+        what = f"edit {number}"
+        assert not torch.allclose(before, after, rtol=5e-2, atol=5e-2), f"{what} changes nothing"
+        torch.testing.assert_close(
+            after, want, rtol=3e-2, atol=3e-2, msg=lambda text: f"{what}: {text}"
+        )
         assert calls
     hf_fusion.unpatch(model)
 

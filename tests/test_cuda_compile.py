@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from builds import ROOT, tool
+from conftest import tool
 
+ROOT = Path(__file__).resolve().parents[1]
 SOURCES = sorted((ROOT / "csrc/cuda").glob("*.cu"))
 # Code of one virtual architecture, for the real ones that run it.
 GROUPS = {"80": ("80", "86", "89"), "90a": ("90a",), "100": ("100",), "120": ("120",)}

@@ -4,7 +4,6 @@
 #include <cstring>
 #include <mutex>
 
-#include "abi_checks.h"
 #include "cuda/device.h"
 #include "cuda/kernels.h"
 #include "cuda/plan.h"

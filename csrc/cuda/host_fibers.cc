@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cstdio>
 #include <cstring>
+#include <numeric>
 
 #include "cuda/host_engine.h"
 
@@ -36,6 +37,7 @@ Options& options() { return t_options; }
 const char* report() { return engine().report.c_str(); }
 uint64_t switches() { return engine().switches; }
 bool run(const port::Launch& launch, const Entry& entry) {
+  if (self != nullptr) current()->engine->stop(enter("launch"), "a kernel cannot launch another");
   return engine().run(launch, entry, &t_options);
 }
 
@@ -60,9 +62,7 @@ bool Engine::accept() {
   const port::Device& device = options.device;
   const port::Launch& l = launch;
   char why[200] = "";
-  if (self != nullptr) {
-    std::snprintf(why, sizeof(why), "a kernel cannot launch");
-  } else if (l.threads < 32 || l.threads > 1024 || l.threads % 32 != 0) {
+  if (l.threads < 32 || l.threads > 1024 || l.threads % 32 != 0) {
     std::snprintf(why, sizeof(why), "%d threads: a multiple of 32 up to 1024 is asked", l.threads);
   } else if (l.cluster < 1 || l.cluster > 16 || l.grid < 1 || l.grid % l.cluster != 0) {
     std::snprintf(why, sizeof(why), "%d blocks in clusters of %d", l.grid, l.cluster);
@@ -90,7 +90,10 @@ bool Engine::map_arenas(size_t count) {
   if (base == MAP_FAILED) return false;
   arenas_ = static_cast<char*>(base), arena_count_ = count;
   for (size_t i = 0; i <= count; ++i) {  // a guard page before, between and behind
-    if (mprotect(arenas_ + i * stride, page(), PROT_NONE) != 0) return false;
+    if (mprotect(arenas_ + i * stride, page(), PROT_NONE) == 0) continue;
+    munmap(base, count * stride + page());
+    arenas_ = nullptr, arena_count_ = 0;
+    return false;
   }
   return true;
 }
@@ -103,6 +106,7 @@ bool Engine::reserve() {
   const size_t fibers = ctas * static_cast<size_t>(launch.threads);
   if (fibers > fibers_.size() || abandoned_) {
     for (Fiber& fiber : fibers_) release(&fiber.context);
+    fibers_.clear();
     if (fibers > stacks_.count() && !stacks_.map(fibers)) return false;
     fibers_.assign(stacks_.count(), Fiber());
     for (size_t i = 0; i < fibers_.size(); ++i) {
@@ -148,7 +152,8 @@ void Engine::begin() {
   live_ = slots * static_cast<uint32_t>(launch.cluster * launch.threads);
   ready_.clear(live_);
   watchers_.clear();
-  flying_.clear(), free_copies_.clear(), copies_.clear();
+  flying_.clear(), free_copies_.resize(copies_.size());
+  std::iota(free_copies_.begin(), free_copies_.end(), 0u);
   next_cluster_ = 0, clusters_left_ = resident;
   switches = turns_ = 0, releases_ = 0;
   poison_ = !options.poison ? 0 : random.one_in(4) ? 0x7b : 0xff;

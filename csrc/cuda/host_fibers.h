@@ -16,7 +16,9 @@
 //   memory of a block that has ended or not begun. When nobody can run and no copy is in flight,
 //   the report says who waits for what.
 //
-// After a report the fibers are abandoned: destructors of a kernel's locals do not run.
+// After a report the fibers are abandoned: destructors of a kernel's locals do not run. A loop that
+// calls no primitive is not interrupted. Launches never overlap, also those that may: what a kernel
+// reads before dependencies_wait is not judged.
 #pragma once
 
 #include <cstddef>
@@ -58,9 +60,9 @@ struct Identity {
   int thread, threads, block, blocks, cluster_rank, cluster_size;
   char* arena;
 };
-// Of the running fiber. initial-exec: one instruction to reach, also inside the shared library.
-extern __thread const Identity* self
-    __attribute__((tls_model("initial-exec"), visibility("hidden")));
+// Of the running fiber. Not initial-exec, which is faster: the loader keeps less than 2 KB for
+// libraries that come later with such variables, and refuses this one where they are taken.
+extern __thread const Identity* self __attribute__((visibility("hidden")));
 
 [[noreturn]] void trap(const char* what);
 void sync(int id, int count);  // barrier 0: the block

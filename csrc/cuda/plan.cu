@@ -1,7 +1,7 @@
-#include <algorithm>
-
-#include "abi_checks.h"
 #include "cuda/plan.h"
+
+#include <algorithm>
+#include <cstring>
 
 namespace hff {
 namespace cuda {

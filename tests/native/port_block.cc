@@ -1,4 +1,6 @@
 // Cases within a block, a warp and a cluster.
+#include <algorithm>
+
 #include "port_case.h"
 
 namespace hff_test {
@@ -14,6 +16,8 @@ enum class Fault {
   kPartOfWarp,
   kTwoCollectives,
   kEndsEarly,
+  kWarpEndsEarly,
+  kWarpEndsFirst,
   kTraps,
   // pairs
   kCount,
@@ -28,7 +32,14 @@ enum class Fault {
   kPeerTooSoon,
   kPeerOfGlobal,
   kNoSuchRank,
+  // swap
+  kEndsWhileRead,
 };
+
+// Time for others to get to where they wait.
+HFF_DEVICE void dawdle() {
+  for (int i = 0; i < 100; ++i) sync_warp();
+}
 
 // ---- block_sum: every block adds its numbers, `rounds` times over, through the same slots -------
 
@@ -45,6 +56,11 @@ void block_sum(HFF_PARAM(Sums) p) {
   for (int round = 0; round < p.rounds; ++round) {
     float v = p.x[(round * blocks() + block()) * threads() + thread()];
     if (kFault == Fault::kEndsEarly && block() == 1 && thread() == 77) return;
+    if (kFault == Fault::kWarpEndsEarly && block() == 1 && warp() == 2) return dawdle();
+    if (kFault == Fault::kWarpEndsFirst && block() == 1) {
+      if (warp() == 2) return;
+      dawdle();
+    }
     if (kFault == Fault::kTraps && block() == 1 && thread() == 77) trap("told to");
     if (kFault != Fault::kPartOfWarp || lane() != 9) {
       for (int mask = 16; mask > 0; mask /= 2) v += warp_xor(v, mask);
@@ -162,7 +178,7 @@ HFF_DEVICE float gather(float* slots, float v, bool last) {
   for (int rank = 1; rank < ranks; ++rank) total += *peer(&mine, rank);
   if (kFault == Fault::kNoSecondBarrier && !last) return total;
   if (kFault == Fault::kLeaves && last) return total;
-  if (kFault == Fault::kSkipsBarrier && last && cluster_rank() == 1) return total;
+  if (kFault == Fault::kSkipsBarrier && last && cluster_rank() == 1) return dawdle(), total;
   if (kFault != Fault::kWaitsOnly) cluster_arrive();
   if (kFault == Fault::kArrivesTwice) cluster_arrive();
   cluster_wait();
@@ -214,6 +230,42 @@ std::string run_cluster_gather() {
                expected);
 }
 
+// ---- swap: two blocks read each other's numbers through pointers they hold ----------------------
+
+struct Swap {
+  const float* x;  // (2, threads)
+  float* out;      // (2, threads)
+};
+
+template <Fault kFault>
+HFF_KERNEL(64)
+void swap(HFF_PARAM(Swap) p) {
+  float& mine = reinterpret_cast<float*>(arena())[thread()];
+  mine = p.x[block() * threads() + thread()];
+  cluster_arrive();
+  cluster_wait();
+  const float* other = peer(&mine, 1 - cluster_rank());
+  cluster_arrive();
+  cluster_wait();
+  p.out[block() * threads() + thread()] = *other;
+  if (kFault == Fault::kEndsWhileRead) return;
+  cluster_arrive();
+  cluster_wait();
+}
+
+template <Fault kFault>
+std::string run_swap() {
+  constexpr int kThreads = 64;
+  static const std::vector<float> x = scattered(2 * kThreads, 7);
+  std::vector<float> out(x.size(), 0.0f), expected = x;
+  std::rotate(expected.begin(), expected.begin() + kThreads, expected.end());
+  Launch launch;
+  launch.grid = launch.cluster = 2, launch.threads = kThreads;
+  launch.shared_bytes = kThreads * 4;
+  launch.name = "swap";
+  return judge(launch, swap<kFault>, Swap{x.data(), out.data()}, out, expected);
+}
+
 }  // namespace
 
 const std::vector<PortCase>& block_cases() {
@@ -227,8 +279,14 @@ const std::vector<PortCase>& block_cases() {
        run_block_sum<Fault::kPartOfWarp>},
       {"block_sum, lanes at two collectives", "of its warp are at",
        run_block_sum<Fault::kTwoCollectives>},
-      {"block_sum, a thread ends while others wait", "wait for this one|have ended",
+      {"block_sum, a thread ends while others wait", "wait for this one at|have ended",
        run_block_sum<Fault::kEndsEarly>},
+      {"block_sum, a warp ends while others wait",
+       "threads wait for this one at sync_block|threads of the block have ended",
+       run_block_sum<Fault::kWarpEndsEarly>},
+      {"block_sum, a warp ends before others wait",
+       "threads wait for this one at sync_block|threads of the block have ended",
+       run_block_sum<Fault::kWarpEndsFirst>},
       {"block_sum, a thread traps", "block 1 thread 77: trap: told to",
        run_block_sum<Fault::kTraps>},
       {"pairs", nullptr, run_pairs<Fault::kNone>},
@@ -258,6 +316,9 @@ const std::vector<PortCase>& block_cases() {
        run_cluster_gather<Fault::kPeerOfGlobal>},
       {"cluster_gather, a rank too many", "there is no rank 4",
        run_cluster_gather<Fault::kNoSuchRank>},
+      {"swap", nullptr, run_swap<Fault::kNone>},
+      {"swap, a block ends while its numbers are read", kOtherBits,
+       run_swap<Fault::kEndsWhileRead>},
   };
   return cases;
 }

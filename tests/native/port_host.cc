@@ -87,6 +87,11 @@ void overruns(HFF_PARAM(Nothing)) {
   if (thread() == 3) arena()[100] = 1;
 }
 
+HFF_KERNEL(32)
+void launches(HFF_PARAM(Nothing) p) {
+  if (thread() == 5) launch(Launch(), nothing, p);
+}
+
 HFF_KERNEL(64)
 void races(HFF_PARAM(Eights) p) {
   float* shared = reinterpret_cast<float*>(arena());
@@ -135,6 +140,7 @@ std::string check_refusals() {
   if (launch(shaped(sms, 1024, 1, 232448, true), nothing, Nothing()) != HFF_OK) {
     seen += hff::fibers::report();
   }
+  seen += expect_report(Launch(), launches, Nothing(), "thread 5: launch: a kernel cannot");
   return seen + expect_report(shaped(1, 64, 1, 100, false), overruns, Nothing(),
                               "wrote shared + 100, it has 100 bytes");
 }

@@ -18,6 +18,7 @@ enum class Fault {
   kOutOfBounds,
   kNotInShared,
   kNoFence,
+  kFenceElsewhere,
   kNoSync,
   kInitTwice,
   kTooManyArrivals,
@@ -32,6 +33,11 @@ enum class Fault {
   kNoCommit,
   kNotAwaited,
   kReadInFlight,
+  // refill
+  kNoSecondWait,
+  kSlotTwice,
+  kExpectsMore,
+  kNobodyAwaits,
 };
 
 constexpr int kTile = 96;  // floats
@@ -103,7 +109,11 @@ void bulk_ring(HFF_PARAM(Tiles) p) {
       barrier_init(&ring->empty[slot], kFault == Fault::kReleasesFirst ? kConsumers : 3);
     }
     if (kFault == Fault::kInitTwice) barrier_init(&ring->full[0], 1);
-    if (kFault != Fault::kNoFence) barrier_init_fence();
+    if (kFault != Fault::kNoFence && kFault != Fault::kFenceElsewhere) barrier_init_fence();
+  }
+  if (kFault == Fault::kFenceElsewhere) {
+    sync_block();
+    if (thread() == 0) barrier_init_fence();
   }
   if (kFault != Fault::kNoSync) sync_block();
   if (thread() == kConsumers) fill<kFault>(ring, p);
@@ -142,9 +152,78 @@ void group_ring(HFF_PARAM(Tiles) p) {
     }
     sum += slots[tile % kStages][thread()];
   }
-  if (kFault == Fault::kNotAwaited) copy16(&slots[p.tiles % kStages][4 * (thread() % 24)], p.x);
+  if (kFault == Fault::kNotAwaited && thread() < kTile / 4) {
+    copy16(&slots[p.tiles % kStages][4 * thread()], p.x);
+  }
   if (kFault != Fault::kNotAwaited) copies_wait<0>();
   p.out[block() * kTile + thread()] = sum;
+}
+
+// ---- refill: one slot is filled twice with the same numbers -------------------------------------
+
+struct Refill {
+  const float* x;  // (32)
+  float* out;      // (32)
+};
+struct alignas(16) Slot {
+  float x[32];
+  Barrier full;
+};
+
+template <Fault kFault>
+HFF_KERNEL(32)
+void refill(HFF_PARAM(Refill) p) {
+  Slot* slot = reinterpret_cast<Slot*>(arena());
+  if (thread() == 0) {
+    barrier_init(&slot->full, 1);
+    barrier_init_fence();
+  }
+  sync_block();
+  for (uint32_t turn = 0; turn < 2; ++turn) {
+    if (thread() == 0) {
+      const int copies = kFault == Fault::kSlotTwice ? 2 : 1;
+      barrier_expect(&slot->full, uint32_t(copies * 128));
+      for (int i = 0; i < copies; ++i) bulk_copy(slot->x, p.x, 128, &slot->full);
+    }
+    sync_warp();
+    if (turn == 0 || kFault != Fault::kNoSecondWait) barrier_wait(&slot->full, turn);
+    p.out[thread()] = slot->x[thread()];
+    sync_warp();
+  }
+  if (kFault == Fault::kNoSecondWait) barrier_wait(&slot->full, 1);
+  if (kFault == Fault::kExpectsMore && thread() == 0) barrier_expect(&slot->full, 32);
+  if (kFault == Fault::kNobodyAwaits && thread() == 0) bulk_copy(slot->x, p.x, 128, &slot->full);
+}
+
+template <Fault kFault>
+std::string run_refill() {
+  static const std::vector<float> x = scattered(32, 8);
+  std::vector<float> out(x.size(), 0.0f);
+  Launch launch;
+  launch.shared_bytes = int(sizeof(Slot));
+  launch.name = "refill";
+  if (kFault == Fault::kNobodyAwaits) hff::fibers::options().late_copies = true;
+  return judge(launch, refill<kFault>, Refill{x.data(), out.data()}, out, x);
+}
+
+// ---- overtaken: three phases pass a thread that awaits the first --------------------------------
+
+struct Overtaken {};
+
+HFF_KERNEL(64)
+void overtaken(HFF_PARAM(Overtaken)) {
+  Barrier* barrier = reinterpret_cast<Barrier*>(arena());
+  if (thread() == 0) barrier_init(barrier, 1);
+  sync_block();
+  for (int i = 0; i < 3 && thread() == 0; ++i) barrier_arrive(barrier);
+  if (thread() == 32) barrier_wait(barrier, 0);
+}
+
+std::string run_overtaken() {
+  Launch launch;
+  launch.threads = 64, launch.shared_bytes = 8;
+  launch.name = "overtaken";
+  return judge(launch, overtaken, Overtaken(), {}, {});
 }
 
 // ---- runs ---------------------------------------------------------------------------------------
@@ -201,6 +280,8 @@ const std::vector<PortCase>& ring_cases() {
       {"bulk_ring, to global memory", "the block has", run_bulk<Fault::kNotInShared>},
       {"bulk_ring, no fence after the barriers' start", "no barrier_init_fence",
        run_bulk<Fault::kNoFence>},
+      {"bulk_ring, another thread's fence", "no barrier_init_fence",
+       run_bulk<Fault::kFenceElsewhere>},
       {"bulk_ring, no block barrier after the barriers' start", "there is no barrier at",
        run_bulk<Fault::kNoSync>},
       {"bulk_ring, a barrier is initialised twice", "there is a barrier at",
@@ -222,8 +303,18 @@ const std::vector<PortCase>& ring_cases() {
        run_groups<Fault::kNoBarrier>},
       {"group_ring, fills a slot that is being read", kOtherBits, run_groups<Fault::kSlotInUse>},
       {"group_ring, never commits", "other bits|in flight", run_groups<Fault::kNoCommit>},
-      {"group_ring, ends before its copies", "in flight", run_groups<Fault::kNotAwaited>},
+      {"group_ring, ends before its copies", "of its copies are in flight",
+       run_groups<Fault::kNotAwaited>},
       {"group_ring, load8 under a copy", "is in flight", run_groups<Fault::kReadInFlight>},
+      {"refill", nullptr, run_refill<Fault::kNone>},
+      {"refill, reads without waiting again", kOtherBits, run_refill<Fault::kNoSecondWait>},
+      {"refill, two copies to one slot", "bulk_copy: a copy to shared + ",
+       run_refill<Fault::kSlotTwice>},
+      {"refill, expects bytes that never come", "ends while its barrier at shared + 128 expects 32",
+       run_refill<Fault::kExpectsMore>},
+      {"refill, a copy that nobody awaits", "ends with 1 copies to its shared memory in flight",
+       run_refill<Fault::kNobodyAwaits>},
+      {"overtaken, a phase is awaited and two more pass", "parity cannot tell", run_overtaken},
   };
   return cases;
 }

@@ -1,0 +1,215 @@
+"""Whole transformer layers in a graph, read as a BlockSpec and the tensors of its parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import fx
+
+from ..spec import (
+    Activation,
+    AttentionSpec,
+    BlockSpec,
+    BlockTensors,
+    MlpSpec,
+    NormKind,
+    NormSpec,
+    QkvLayout,
+    Residual,
+)
+from .attention import Attention, attentions, is_projection
+from .groups import BLOCK, Claims, FusionGroup
+from .nodes import VIEW, class_of, name_of, owner_of
+from .rules import is_residual
+from .site import attribute
+
+_ACTIVATIONS = {"relu": Activation.RELU, "silu": Activation.SILU}
+
+
+class _Unlike(Exception):
+    """The nodes are not the layer that is looked for; the message says where they part."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer found in a graph. source: its input; mask: the attention's, or None."""
+
+    spec: BlockSpec
+    parameters: dict[str, str | None]  # field of BlockTensors -> path of the parameter
+    nodes: tuple[fx.Node, ...]
+    source: fx.Node
+    mask: fx.Node | None
+    result: fx.Node
+
+    def tensors(self, module) -> BlockTensors:
+        """The layer's parameters in `module`, where they lie."""
+        found = {
+            name: None if path is None else attribute(module, path).detach()
+            for name, path in self.parameters.items()
+        }
+        return BlockTensors(**found)
+
+
+class _Reader:
+    """Follows one layer from its attention to both ends, and notes what it passes."""
+
+    def __init__(self, attention: Attention):
+        self.attention, self.call = attention, attention.call
+        self.nodes: list[fx.Node] = []
+        self.parameters: dict[str, str | None] = {}
+
+    def _only_reader(self, node: fx.Node, what: str) -> fx.Node:
+        if len(node.users) != 1:
+            raise _Unlike(f"{what} has {len(node.users)} readers")
+        return next(iter(node.users))
+
+    def _linear(self, node: fx.Node, name: str) -> fx.Node:
+        """Notes a linear layer; returns what it reads."""
+        if name_of(node) != "linear" or not is_projection(node):
+            raise _Unlike(f"{name} is {name_of(node)}")
+        bias = node.args[2] if len(node.args) > 2 else None
+        self.parameters[f"{name}_weight"] = node.args[1].target
+        self.parameters[f"{name}_bias"] = bias.target if bias is not None else None
+        self.nodes.append(node)
+        return node.args[0]
+
+    def _norm(self, node: fx.Node, name: str) -> tuple[NormSpec, fx.Node]:
+        """Notes a layer norm over the last dimension; returns its spec and what it reads."""
+        if name_of(node) != "layer_norm" or len(node.args[1]) != 1 or len(node.args) < 4:
+            raise _Unlike(f"{name} is {name_of(node)}")
+        if node.args[2] is None:
+            raise _Unlike(f"{name} has no weight")
+        self.parameters[f"{name}_weight"] = node.args[2].target
+        self.parameters[f"{name}_bias"] = node.args[3].target if node.args[3] is not None else None
+        self.nodes.append(node)
+        eps = node.args[4] if len(node.args) > 4 else 1e-5
+        return NormSpec(NormKind.LAYER, float(eps)), node.args[0]
+
+    def _up(self, node: fx.Node) -> fx.Node:
+        """Past views that have one reader, upwards; notes them."""
+        while class_of(node) == VIEW and name_of(node) != "getitem":
+            self._only_reader(node, "a view")
+            self.nodes.append(node)
+            node = node.args[0]
+        return node
+
+    def _projected(self) -> fx.Node:
+        """What q, k and v are made of, all three."""
+        sources = []
+        for name, node in zip(("qkv", "k", "v"), (self.call.query, self.call.key, self.call.value)):
+            sources.append(self._linear(self._up(node), name))
+        if len(set(sources)) != 1:
+            raise _Unlike("q, k and v have different inputs")
+        return sources[0]
+
+    def _activation(self, node: fx.Node) -> tuple[str, fx.Node]:
+        self.nodes.append(node)
+        name = name_of(node)
+        if name == "gelu":
+            tanh = node.kwargs.get("approximate", "none") == "tanh" or "tanh" in node.args[1:]
+            return (Activation.GELU_TANH if tanh else Activation.GELU_ERF), node
+        if name not in _ACTIVATIONS:
+            raise _Unlike(f"the activation is {name}")
+        return _ACTIVATIONS[name], node
+
+    def _residual(self, node: fx.Node, other: fx.Node) -> fx.Node:
+        add = self._only_reader(node, name_of(node))
+        if not is_residual(add) or other not in add.all_input_nodes:
+            raise _Unlike(f"{name_of(node)} is not added to the layer's input")
+        self.nodes.append(add)
+        return add
+
+    def _mlp(self, source: fx.Node) -> tuple[str, int, fx.Node]:
+        """(activation, width, the down projection) of the MLP that reads `source`."""
+        ups = [user for user in source.users if is_projection(user)]
+        if len(ups) != 1:
+            raise _Unlike(f"{len(ups)} projections read what the MLP does")
+        self._linear(ups[0], "up")
+        kind, act = self._activation(self._only_reader(ups[0], "the up projection"))
+        down = self._only_reader(act, "the activation")
+        self._linear(down, "down")
+        return kind, int(ups[0].meta["val"].shape[-1]), down
+
+    def read(self) -> Layer:
+        call = self.call
+        if call is None:
+            raise _Unlike("the attention is not of a form that is known")
+        if call.bias is not None or call.sinks is not None or call.softcap or call.dropout:
+            raise _Unlike("the attention has a bias, sinks, a soft cap or dropout")
+        if call.window:
+            raise _Unlike("the attention has a window")
+        if call.mask is not None and call.mask.meta["val"].dim() != 4:
+            raise _Unlike("the mask is not (batch, 1, queries, keys)")
+        projected = self._projected()
+        self.nodes += self.attention.nodes
+        node = self.attention.last
+        while class_of(self._only_reader(node, "the attention")) == VIEW:
+            node = self._only_reader(node, "the attention")
+            self.nodes.append(node)
+        output = self._only_reader(node, "the attention")
+        self._linear(output, "o")
+        passed, noted = list(self.nodes), dict(self.parameters)
+        try:
+            kind, source, result, rest = self._pre_norm(projected, output)
+        except _Unlike:
+            # the norm before it, if there is one, ends the layer before
+            self.nodes, self.parameters = passed, noted
+            kind, source, result, rest = self._post_norm(projected, output)
+        query = call.query.meta["val"]
+        scale = call.scale if call.scale is not None else int(query.shape[3]) ** -0.5
+        heads = AttentionSpec(
+            int(query.shape[1]), int(call.key.meta["val"].shape[1]), int(query.shape[3]), 0,
+            float(scale), QkvLayout.SEPARATE, call.causal and call.mask is None,
+        )  # fmt: skip
+        attention_norm, mlp_norm, activation, width = rest
+        hidden = int(source.meta["val"].shape[-1])
+        spec = BlockSpec(hidden, heads, MlpSpec(width, activation), attention_norm, mlp_norm, kind)
+        return Layer(spec, self.parameters, tuple(self.nodes), source, call.mask, result)
+
+    def _pre_norm(self, projected: fx.Node, output: fx.Node):
+        first, source = self._norm(projected, "attention_norm")
+        middle = self._residual(output, source)
+        norms = [user for user in middle.users if name_of(user) == "layer_norm"]
+        if len(norms) != 1:
+            raise _Unlike("no norm, or several, before the MLP")
+        second, _ = self._norm(norms[0], "mlp_norm")
+        activation, width, down = self._mlp(norms[0])
+        result = self._residual(down, middle)
+        return Residual.SEQUENTIAL, source, result, (first, second, activation, width)
+
+    def _post_norm(self, source: fx.Node, output: fx.Node):
+        added = self._residual(output, source)
+        norm = self._only_reader(added, "the residual sum")
+        first, _ = self._norm(norm, "attention_norm")
+        activation, width, down = self._mlp(norm)
+        added = self._residual(down, norm)
+        result = self._only_reader(added, "the residual sum")
+        second, _ = self._norm(result, "mlp_norm")
+        return Residual.POST_NORM, source, result, (first, second, activation, width)
+
+
+def read_layer(attention: Attention) -> tuple[Layer | None, str]:
+    """(the layer around an attention, "") or (None, why there is none that a kernel knows)."""
+    try:
+        layer = _Reader(attention).read()
+    except (_Unlike, ValueError) as error:
+        return None, str(error)
+    inside = set(layer.nodes)
+    for node in layer.nodes:
+        outside = [user for user in node.users if user not in inside]
+        if outside and node is not layer.result:
+            return None, f"{name_of(node)} in the middle of it is read outside"
+    return layer, ""
+
+
+def blocks(graph: fx.Graph, claims: Claims) -> Iterator[FusionGroup]:
+    """Whole layers, pre-norm or post-norm, with separate projections, without rotary embedding."""
+    for attention in attentions(graph):
+        layer, _ = read_layer(attention)
+        if layer is not None:
+            owner = owner_of(layer.result).rpartition(".")[0] or owner_of(attention.last)
+            pattern = "Norm_QKV_Attention_O_Add_Norm_Up_Act_Down_Add"
+            if layer.spec.residual == Residual.POST_NORM:
+                pattern = "QKV_Attention_O_Add_Norm_Up_Act_Down_Add_Norm"
+            yield FusionGroup(BLOCK, list(layer.nodes), owner, pattern, {"layer": layer})

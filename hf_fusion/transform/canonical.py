@@ -1,0 +1,141 @@
+"""One spelling for what graphs spell in many ways, and nothing that computes nothing.
+
+Values are bit for bit what they were. What leaves: dropout outside training, aliases, conversions
+to the type a tensor has, whole slices, additions of 0 and products with 1 in the same type,
+assertions on types, copies for contiguity, masks that are all true. `view` becomes `reshape`,
+which does not mind strides.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+
+import torch
+from torch import fx
+
+from .uniform import drop_open_masks
+
+aten = torch.ops.aten
+_END = 2**63 - 1
+_ASSERTIONS = {aten._assert_tensor_metadata.default}
+_COPIES = {aten.alias.default, aten.detach.default, aten.detach_.default, aten.lift_fresh.default}
+_CONVERSIONS = {
+    aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten._to_copy.default,
+    aten.type_as.default,
+}  # fmt: skip
+
+
+def _same_tensor(node: fx.Node) -> bool:
+    """Whether input and output have the same type, device and shape."""
+    source = node.args[0]
+    before = source.meta.get("val") if isinstance(source, fx.Node) else None
+    after = node.meta.get("val")
+    if not isinstance(before, torch.Tensor) or not isinstance(after, torch.Tensor):
+        return False
+    same = before.dtype == after.dtype and before.device == after.device
+    return same and before.dim() == after.dim() and all(
+        str(a) == str(b) for a, b in zip(before.shape, after.shape, strict=True)
+    )  # fmt: skip
+
+
+def _whole_slice(node: fx.Node) -> bool:
+    args = node.args
+    start = args[2] if len(args) > 2 else None
+    end = args[3] if len(args) > 3 else None
+    step = args[4] if len(args) > 4 else 1
+    return start in (None, 0) and end in (None, _END) and step == 1
+
+
+def _neutral(value: float) -> Callable[[fx.Node], bool]:
+    def matches(node: fx.Node) -> bool:
+        other = node.args[1]
+        number = isinstance(other, (int, float)) and not isinstance(other, bool)
+        return number and other == value and not node.kwargs and _same_tensor(node)
+
+    return matches
+
+
+def _no_dropout(node: fx.Node) -> bool:
+    return node.args[2] is False or node.args[1] == 0.0
+
+
+def _plain_contiguous(node: fx.Node) -> bool:
+    """A copy for a layout that its one reader does not need; several readers may be glad of it."""
+    return len(node.users) <= 1 and not node.kwargs
+
+
+_REMOVABLE: dict[object, Callable[[fx.Node], bool]] = {
+    aten.dropout.default: _no_dropout,
+    aten.feature_dropout.default: _no_dropout,
+    aten.slice.Tensor: _whole_slice,
+    aten.add.Tensor: _neutral(0),
+    aten.mul.Tensor: _neutral(1),
+    aten.contiguous.default: _plain_contiguous,
+    aten.clone.default: _plain_contiguous,
+    **dict.fromkeys(_CONVERSIONS, _same_tensor),
+    **dict.fromkeys(_COPIES, lambda node: True),
+}
+
+
+def canonicalise(module: fx.GraphModule) -> None:
+    """Rewrites the graph of `module` in place, as this file's head says."""
+    graph = module.graph
+    mutable = any(_mutates(node) for node in graph.nodes)
+    if mutable:
+        _functional(graph)
+    for node in list(graph.nodes):
+        if node.op == "call_module" and node.target == "_guards_fn" or node.target in _ASSERTIONS:
+            graph.erase_node(node)
+            continue
+        if node.op != "call_function":
+            continue
+        if node.target is aten.view.default:
+            node.target = aten.reshape.default
+        test = _REMOVABLE.get(node.target)
+        if test is not None and test(node):
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+    drop_open_masks(graph)
+    graph.eliminate_dead_code()
+    graph.lint()
+    module.delete_all_unused_submodules()
+    module.recompile()
+
+
+def _mutates(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return node.op == "call_function" and schema is not None and schema.is_mutable
+
+
+def _functional(graph: fx.Graph) -> None:
+    """Operators in place become their plain forms where the value they overwrite has one name.
+
+    relu_(x) and the like on a fresh value; anything else, such as a write through a view, stays and
+    keeps the nodes around it from being grouped.
+    """
+    for node in list(graph.nodes):
+        if not _mutates(node) or not isinstance(node.args[0], fx.Node):
+            continue
+        name = node.target._schema.name.removeprefix("aten::")
+        plain = getattr(aten, name.removesuffix("_"), None) if name.endswith("_") else None
+        plain = getattr(plain, node.target._overloadname, None)
+        target = node.args[0]
+        if plain is None or is_view(target) or any(is_view(user) for user in target.users):
+            continue
+        node.target = plain
+        later = {user for user in target.users if user is not node and user > node}
+        target.replace_all_uses_with(node, delete_user_cb=lambda user: user in later)  # noqa: B023
+
+
+def is_view(node: fx.Node) -> bool:
+    """Whether the node's value shares memory with its input, or may."""
+    if node.target is operator.getitem:
+        return True
+    schema = getattr(node.target, "_schema", None)
+    if schema is None or schema.is_mutable:
+        return False
+    may_share = {aten.reshape.default, aten.contiguous.default, aten.flatten.using_ints}
+    return node.target in may_share or any(
+        result.alias_info is not None for result in schema.returns
+    )

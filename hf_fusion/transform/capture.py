@@ -1,0 +1,207 @@
+"""A model as one graph: torch.export with every attention kept as one operator.
+
+The road that was taken is recorded: "semantic" (transformers' interface gives one operator per
+attention, masks as its arguments), "semantic with masks" (the same, masks computed in the graph),
+"export" (plain torch.export, for other modules). The model is not changed; parameters of the graph
+are the model's own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, fx, nn
+from torch.export import Dim
+
+from ..report import FusionError, Reason
+from .canonical import canonicalise
+from .inputs import example_inputs as build_inputs
+from .interface import attention_layers, semantic_attention
+
+
+@dataclass
+class Signature:
+    """How a call's arguments become the graph's flat inputs.
+
+    names: one per leaf of the arguments, in order; leaves: None where the graph takes the leaf as a
+    tensor, else the constant that was captured; sizes: per tensor, its extents, an int where fixed
+    and a symbol's name where free. defaults: arguments added to every call.
+    """
+
+    names: list[str]
+    leaves: list[Any]
+    sizes: list[tuple[int | str, ...]]
+    dtypes: list[torch.dtype]
+    arguments: list[str]
+    structure: pytree.TreeSpec
+    defaults: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Capture:
+    """A captured model: the graph, flat inputs to flat outputs, and how calls map onto it."""
+
+    graph_module: fx.GraphModule
+    signature: Signature
+    output_spec: pytree.TreeSpec
+    road: str
+    expected: dict[str, str]  # attention layers of the model, module path to class name
+    examples: list[Tensor]
+    notes: list[str] = field(default_factory=list)
+
+
+def bind(model: nn.Module, example_inputs: Any) -> dict[str, Any]:
+    """Example inputs as named arguments of the model's forward, None left out.
+
+    A tensor or a tuple is positional, a mapping named. Raises FusionError where they do not fit.
+    """
+    args, kwargs = (), {}
+    if isinstance(example_inputs, Mapping):
+        kwargs = dict(example_inputs)
+    elif isinstance(example_inputs, Tensor):
+        args = (example_inputs,)
+    elif isinstance(example_inputs, Sequence):
+        args = tuple(example_inputs)
+    else:
+        raise FusionError(
+            Reason.INPUT,
+            f"example_inputs is {type(example_inputs).__name__}, expected a tensor, tuple or dict",
+        )
+    return named_arguments(inspect.signature(model.forward), args, kwargs)
+
+
+def named_arguments(signature: inspect.Signature, args: tuple, kwargs: dict) -> dict[str, Any]:
+    """The call's arguments by name; FusionError(ARGUMENT) where the signature refuses them."""
+    try:
+        bound = signature.bind(*args, **kwargs).arguments
+    except TypeError as error:
+        raise FusionError(Reason.ARGUMENT, str(error)) from error
+    named: dict[str, Any] = {}
+    for name, value in bound.items():
+        kind = signature.parameters[name].kind
+        if kind is inspect.Parameter.VAR_KEYWORD:
+            named |= value
+        elif kind is inspect.Parameter.VAR_POSITIONAL and value:
+            raise FusionError(Reason.ARGUMENT, f"positional arguments in *{name} have no names")
+        else:
+            named[name] = value
+    return {name: value for name, value in named.items() if value is not None}
+
+
+def capture(
+    model: nn.Module, example_inputs: Any = None, *, dynamic: bool = True, mask: bool = False
+) -> Capture:
+    """The model as a graph, batch and sequence free where it does not fix them.
+
+    example_inputs: a tensor, a tuple or a dict, with two rows or more; built from the configuration
+    where absent, with padding where `mask`. Raises FusionError where the model cannot be exported,
+    or is in training mode.
+    """
+    if not isinstance(model, nn.Module):
+        raise FusionError(Reason.NOT_A_MODEL, f"{type(model).__name__} is no torch module")
+    if model.training:
+        raise FusionError(Reason.TRAINING, "the model is in training mode: call eval() first")
+    if example_inputs is None:
+        example_inputs = build_inputs(model, mask=mask)
+    named = bind(model, example_inputs)
+    defaults = _defaults(model, named)
+    named |= defaults
+    program, road, notes = _export(model, named, dynamic)
+    module = program.module(check_guards=False)
+    info = module.graph._codegen.pytree_info
+    signature, examples = _flatten(module, named, defaults)
+    # a plain GraphModule: the exported one checks its calls against a structure that is gone
+    module = fx.GraphModule(module, module.graph, type(model).__name__)
+    canonicalise(module)
+    expected = {name: type(m).__name__ for name, m in attention_layers(model).items()}
+    module.meta["attention_layers"] = expected
+    return Capture(module, signature, info.out_spec, road, expected, examples, notes)
+
+
+def _defaults(model: nn.Module, named: dict[str, Any]) -> dict[str, Any]:
+    """Arguments that a captured call always has: no cache, since a graph returns one structure."""
+    parameters = inspect.signature(model.forward).parameters
+    open_ended = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    config = getattr(model, "config", None)
+    if getattr(config, "use_cache", False) and "use_cache" not in named:
+        if "use_cache" in parameters or (open_ended and hasattr(model, "main_input_name")):
+            return {"use_cache": False}
+    return {}
+
+
+def _export(model: nn.Module, named: dict[str, Any], dynamic: bool):
+    """(exported program, road, notes) by the first road that works."""
+    notes: list[str] = []
+    positions = "position_ids" in named
+    for masks in (False, True):
+        try:
+            with semantic_attention(model, masks, positions) as semantic:
+                program = _try_export(model, named, dynamic)
+            road = "semantic" if semantic else "export"
+            return program, road + (" with masks" if masks else ""), notes
+        except Exception as error:  # torch.export raises errors of many unrelated types
+            first = str(error).strip().splitlines()
+            notes.append(f"{type(error).__name__}: {first[0] if first else 'no message'}")
+            if not semantic:
+                break
+    raise FusionError(Reason.TRACING, f"{type(model).__name__} cannot be exported: {notes[-1]}")
+
+
+def _try_export(model: nn.Module, named: dict[str, Any], dynamic: bool):
+    shapes = pytree.tree_map(lambda leaf: _free(leaf) if dynamic else None, named)
+    with torch.no_grad(), _no_fast_path():
+        return torch.export.export(
+            model, (), named, dynamic_shapes=shapes if dynamic else None, strict=False
+        )
+
+
+def _free(leaf: Any) -> Any:
+    """The first two dimensions of a tensor, which export may find to be fixed."""
+    if not isinstance(leaf, Tensor):
+        return None
+    return {i: Dim.AUTO for i in range(min(2, leaf.dim())) if leaf.shape[i] > 1}
+
+
+@contextlib.contextmanager
+def _no_fast_path() -> Iterator[None]:
+    """nn.MultiheadAttention's one-operator road is not taken: it hides what the layer does."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+def _flatten(
+    module: fx.GraphModule, named: dict[str, Any], defaults: dict[str, Any]
+) -> tuple[Signature, list[Tensor]]:
+    """Makes the graph's inputs and outputs flat lists; says how a call maps onto them."""
+    leaves, structure = pytree.tree_flatten(named)
+    placeholders = module.graph.find_nodes(op="placeholder")
+    signature = Signature([], [], [], [], list(named), structure, defaults)
+    examples = []
+    for node, leaf in zip(placeholders, leaves, strict=True):
+        tensor = isinstance(leaf, Tensor)
+        signature.names.append(node.name)
+        signature.leaves.append(None if tensor else leaf)
+        if tensor:
+            value = node.meta["val"]
+            signature.sizes.append(
+                tuple(int(n) if str(n).isdigit() else str(n.node.expr) for n in value.shape)
+            )
+            signature.dtypes.append(leaf.dtype)
+            examples.append(leaf)
+        elif node.users:
+            node.replace_all_uses_with(leaf)
+    for node, leaf in zip(placeholders, leaves, strict=True):
+        if not isinstance(leaf, Tensor):
+            module.graph.erase_node(node)
+    module.graph.set_codegen(fx.graph.CodeGen())
+    return signature, examples

@@ -1,0 +1,88 @@
+"""Example inputs from a configuration, and inputs of other shapes drawn after given ones."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..report import FusionError, Reason
+
+BATCH, LENGTH, TARGET = 2, 13, 9  # all different, so that no two dimensions are taken for one
+_FIRST_ID = 5  # ids below are padding and other marks in most vocabularies
+_IMAGE, _SAMPLES = 224, 4000
+
+
+def example_inputs(model: nn.Module, seed: int = 0, mask: bool = False) -> dict[str, Tensor]:
+    """Keyword arguments for a transformers model, two rows of each, from its configuration.
+
+    mask: adds an attention mask with padding at the right of the first row. Raises FusionError
+    where the configuration does not say what the model reads.
+    """
+    config, name = getattr(model, "config", None), getattr(model, "main_input_name", None)
+    if config is None or name is None:
+        raise FusionError(
+            Reason.INPUT, f"{type(model).__name__} has no configuration: give example_inputs"
+        )
+    config = getattr(config, "text_config", config) if name == "input_ids" else config
+    generator = torch.Generator().manual_seed(seed)
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+
+    def noise(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    def ids(length: int) -> Tensor:
+        low = min(_FIRST_ID, config.vocab_size - 1)
+        return torch.randint(low, config.vocab_size, (BATCH, length), generator=generator)
+
+    if name == "pixel_values":
+        size = getattr(config, "image_size", None) or _IMAGE
+        height, width = size if isinstance(size, (tuple, list)) else (size, size)
+        return {name: noise(BATCH, getattr(config, "num_channels", 3), height, width)}
+    if name == "input_features":
+        frames = 2 * getattr(config, "max_source_positions", 1500)
+        return {name: noise(BATCH, config.num_mel_bins, frames)}
+    if name == "input_values":
+        return {name: noise(BATCH, _SAMPLES)}
+    if name != "input_ids" or not hasattr(config, "vocab_size"):
+        raise FusionError(Reason.INPUT, f"the model reads {name}: give example_inputs")
+    length = min(LENGTH, _positions(config))
+    made = {"input_ids": ids(length)}
+    if mask:
+        made["attention_mask"] = torch.ones(BATCH, length, dtype=torch.int64)
+        made["attention_mask"][0, -2:] = 0
+    if getattr(config, "is_encoder_decoder", False):
+        made["decoder_input_ids"] = ids(min(TARGET, _positions(config)))
+    return made
+
+
+def _positions(config: Any) -> int:
+    """The longest sequence that the configuration names, without bound where it names none."""
+    names = ("max_position_embeddings", "n_positions")
+    return min((n for n in (getattr(config, name, None) for name in names) if n), default=1 << 30)
+
+
+def like(name: str, example: Tensor, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """A tensor of `shape` with the values' range of `example`; masks are padded at the right."""
+    if example.is_floating_point():
+        low = float(example.float().std()) if example.numel() > 1 else 1.0
+        drawn = torch.randn(shape, generator=generator) * (low or 1.0) + example.float().mean()
+        return drawn.to(example.dtype)
+    if example.dtype == torch.bool or not example.numel():
+        return _tiled(example, shape)
+    least, most = int(example.min()), int(example.max())
+    if "mask" in name and most <= 1:
+        if least == 1 or example.dim() != 2:
+            return _tiled(example, shape)
+        drawn = torch.ones(shape, dtype=example.dtype)
+        for row in range(shape[0]):
+            # at most two, so that a narrow window leaves no query without a key
+            drawn[row, max(1, shape[1] - (2, 0, 1)[row % 3]) :] = 0
+        return drawn
+    return torch.randint(least, most + 1, shape, generator=generator, dtype=example.dtype)
+
+
+def _tiled(example: Tensor, shape: tuple[int, ...]) -> Tensor:
+    times = [-(-new // max(old, 1)) for new, old in zip(shape, example.shape, strict=True)]
+    return example.repeat(times)[tuple(slice(n) for n in shape)].contiguous()

@@ -1,0 +1,207 @@
+"""`fuse`: a model in, a FusedModel out that is called like it and has been held against it."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, fx, nn
+
+from ..report import FusionError, Reason, Stats
+from .backends import PackedLinear, chosen
+from .capture import Capture, Signature, capture, named_arguments
+from .partition import AttentionFusionPartitioner
+from .report import FusionReport
+from .rewrite import rewrite
+from .tracer import decompose
+from .verify import call_arguments, verify
+
+
+class FusedModel(nn.Module):
+    """A model as a graph of fused groups.
+
+    Takes the model's arguments and returns the model's outputs, without a cache. A call that the
+    graph was not captured for (other arguments, other fixed sizes or types, gradients) runs the
+    model itself and is counted in `stats` with the reason; where there is no model any more, as
+    after `load`, it raises FusionError. `report` says what was fused, what not, and why.
+    """
+
+    def __init__(
+        self,
+        graph: fx.GraphModule,
+        captured: Capture,
+        report: FusionReport,
+        original: nn.Module | None = None,
+    ):
+        super().__init__()
+        self.graph = graph
+        self.captured, self.report = captured, report
+        self.stats = Stats()
+        # in a tuple: the model is no part of this one's state
+        self._original = (original,)
+        forward = original.forward if original is not None else None
+        self._signature = inspect.signature(forward) if forward is not None else None
+        self.eval()
+
+    @property
+    def original(self) -> nn.Module | None:
+        """The model that refused calls run."""
+        return self._original[0]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the model returns for these arguments."""
+        try:
+            tensors = self._tensors(args, kwargs)
+        except FusionError as error:
+            self.stats.refuse(error)
+            if self.original is None:
+                raise
+            return self.original(*args, **kwargs)
+        result = pytree.tree_unflatten(self.graph(*tensors), self.captured.output_spec)
+        self.stats.count("encode")
+        return result
+
+    def _tensors(self, args: tuple, kwargs: dict[str, Any]) -> list[Tensor]:
+        """The graph's inputs of a call; FusionError where it was not captured for them."""
+        signature = self.captured.signature
+        if torch.is_grad_enabled() and any(p.requires_grad for p in self._trained()):
+            raise FusionError(
+                Reason.GRADIENTS, "fused groups have no backward: use torch.no_grad()"
+            )
+        named = self._named(args, kwargs)
+        for name, value in signature.defaults.items():
+            if named.setdefault(name, value) != value:
+                raise FusionError(Reason.ARGUMENT, f"{name} is {named[name]}, expected {value}")
+        if set(named) != set(signature.arguments):
+            raise FusionError(
+                Reason.ARGUMENT,
+                f"arguments are {sorted(named)}, captured were {sorted(signature.arguments)}",
+            )
+        leaves, structure = pytree.tree_flatten({name: named[name] for name in signature.arguments})
+        if structure != signature.structure:
+            raise FusionError(Reason.ARGUMENT, "arguments are nested in another way than captured")
+        return _checked(signature, leaves)
+
+    def _named(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+        if self._signature is not None:
+            return named_arguments(self._signature, args, kwargs)
+        names = self.captured.signature.arguments
+        if len(args) > len(names):
+            raise FusionError(Reason.ARGUMENT, f"{len(args)} arguments, expected {len(names)}")
+        named = dict(zip(names, args)) | kwargs
+        return {name: value for name, value in named.items() if value is not None}
+
+    def _trained(self) -> list[Tensor]:
+        return list(self.original.parameters()) if self.original is not None else []
+
+    def measure(self, inputs: Any = None, **options: Any) -> dict[str, Any]:
+        """Kernels, memory and time of this and of the model; see `measure.compare`."""
+        from .measure import compare
+
+        return compare(self, inputs, **options)
+
+    def save(self, folder: Any) -> None:
+        """Writes the graph and the weights, which stay in the model's own layout; see `storage`."""
+        from .storage import save
+
+        save(self, folder)
+
+    @classmethod
+    def load(cls, folder: Any, backends: tuple[str, ...] | None = None) -> FusedModel:
+        """A saved model, fused again on this machine."""
+        from .storage import load
+
+        return load(folder, backends)
+
+
+def _checked(signature: Signature, leaves: list[Any]) -> list[Tensor]:
+    tensors, free = [], {}
+    kinds = iter(zip(signature.sizes, signature.dtypes, strict=True))
+    for name, captured, leaf in zip(signature.names, signature.leaves, leaves, strict=True):
+        if captured is not None:
+            if type(leaf) is not type(captured) or leaf != captured:
+                raise FusionError(Reason.ARGUMENT, f"{name} is {leaf!r}, captured was {captured!r}")
+            continue
+        sizes, dtype = next(kinds)
+        if not isinstance(leaf, Tensor):
+            raise FusionError(Reason.INPUT, f"{name} is {type(leaf).__name__}, expected a tensor")
+        if leaf.dtype != dtype:
+            raise FusionError(Reason.DTYPE, f"{name} is {leaf.dtype}, captured was {dtype}")
+        shape = tuple(leaf.shape)
+        fits = len(shape) == len(sizes) and all(
+            n == m if isinstance(m, int) else free.setdefault(m, n) == n and n > 0
+            for n, m in zip(shape, sizes, strict=True)
+        )
+        if not fits:
+            raise FusionError(Reason.SHAPE, f"{name} has shape {shape}, captured was {sizes}")
+        tensors.append(leaf)
+    return tensors
+
+
+def fuse(
+    model: nn.Module,
+    example_inputs: Any = None,
+    *,
+    level: str = "semantic",
+    backends: tuple[str, ...] | None = None,
+    partitioner: Any = None,
+    dynamic: bool = True,
+    mask: bool = False,
+    share_weights: bool = False,
+    shapes: int = 3,
+) -> FusedModel:
+    """The model captured, cut into groups, made executable, and verified at `shapes` shapes.
+
+    example_inputs: a tensor, a tuple or a dict; built from the configuration where absent, with
+    padding where `mask`. level: "semantic", or "explicit" with attention spelled out before it is
+    grouped. backends: names, of which the first that takes a group runs it; None for the default
+    ones. partitioner: an AttentionFusionPartitioner by default. share_weights: the model's own
+    parameters become views of the packed ones, with the values they have, so that nothing is in
+    memory twice; otherwise the model is not touched. Raises FusionError where the model cannot be
+    captured or the graph is not the model.
+    """
+    captured = capture(model, example_inputs, dynamic=dynamic, mask=mask)
+    decompose(captured, level)
+    fused = assemble(captured, partitioner, backends, model)
+    report = fused.report
+    report.shapes, report.errors = verify(model, captured, fused.graph, shapes)
+    if share_weights:
+        _share(model, captured.graph_module, fused.graph)
+    return fused
+
+
+def assemble(
+    captured: Capture,
+    partitioner: Any,
+    backends: tuple[str, ...] | None,
+    original: nn.Module | None = None,
+) -> FusedModel:
+    """A FusedModel of a captured graph, not yet verified."""
+    if partitioner is None:
+        native = any(backend.name == "native" for backend in chosen(backends))
+        partitioner = AttentionFusionPartitioner(whole_layers=native)
+    report = partitioner.partition(captured.graph_module)
+    report.road = captured.road
+    report.notes += captured.notes
+    return FusedModel(rewrite(report, backends), captured, report, original)
+
+
+def _share(model: nn.Module, source: fx.GraphModule, graph: fx.GraphModule) -> None:
+    """The model's parameters that were packed become views of the packed ones."""
+    modules = [module for module in graph.modules() if isinstance(module, PackedLinear)]
+    tensors = [t for m in modules for t in (m.weight, m.bias) if t is not None]
+    packed = {tensor.untyped_storage().data_ptr() for tensor in tensors}
+    views = {
+        name: parameter for name, parameter in source.named_parameters()
+        if parameter.untyped_storage().data_ptr() in packed
+    }  # fmt: skip
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if name in views:
+            parameter.data = views[name].detach()
+
+
+def arguments_of(fused: FusedModel) -> dict[str, Any]:
+    """The named arguments that the model was captured with."""
+    return call_arguments(fused.captured, fused.captured.examples)

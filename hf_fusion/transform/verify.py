@@ -1,0 +1,142 @@
+"""Whether a graph is the model: outputs compared at several shapes, on inputs that say something.
+
+A difference counts as rounding up to sixteen units in the last place of the largest value. Beyond
+that, the graph may err, against the model in higher precision, at most twice as much as the model
+itself does.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+
+from ..report import FusionError, Reason
+from .capture import Capture
+from .inputs import like
+
+ROUNDINGS, FACTOR = 16, 2.0
+_FLOOR = {torch.float32: 1e-6, torch.float64: 1e-14, torch.bfloat16: 1e-2, torch.float16: 1e-3}
+
+
+def shapes(captured: Capture, count: int = 3) -> list[dict[str, int]]:
+    """Sizes for every free extent: the captured ones, one row and more, three rows and fewer."""
+    sizes: dict[str, tuple[int, int]] = {}
+    for example, extents in zip(captured.examples, captured.signature.sizes, strict=True):
+        for dim, extent in enumerate(extents):
+            if isinstance(extent, str):
+                sizes.setdefault(extent, (example.shape[dim], dim))
+    found = []
+    for step in range(count):
+        chosen = {}
+        for name, (size, dim) in sizes.items():
+            rows, length = (size, 1, 3)[step % 3], size + (0, 5, -2)[step % 3] + 2 * (step // 3)
+            # extents of one size in one place move together: they are one dimension to the model
+            chosen[name] = max(rows + step // 3 if dim == 0 else length, 1)
+        found.append(chosen)
+    return found
+
+
+def inputs_at(captured: Capture, sizes: dict[str, int], seed: int) -> list[Tensor]:
+    """Tensors of the captured kinds at other sizes."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = []
+    names = [
+        name
+        for name, leaf in zip(captured.signature.names, captured.signature.leaves, strict=True)
+        if leaf is None
+    ]
+    for name, example, extents in zip(
+        names, captured.examples, captured.signature.sizes, strict=True
+    ):
+        shape = tuple(sizes.get(n, d) if isinstance(n, str) else n
+                      for n, d in zip(extents, example.shape, strict=True))  # fmt: skip
+        tensors.append(like(name, example, shape, generator))
+    return tensors
+
+
+def call_arguments(captured: Capture, tensors: list[Tensor]) -> dict[str, Any]:
+    """The model's named arguments for flat tensors."""
+    flat, values = iter(tensors), []
+    for leaf in captured.signature.leaves:
+        values.append(next(flat) if leaf is None else leaf)
+    return pytree.tree_unflatten(values, captured.signature.structure)
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
+
+
+@torch.no_grad()
+def verify(
+    model: nn.Module, captured: Capture, run: Callable[..., Any], count: int = 3, seed: int = 1
+) -> tuple[list[str], list[float]]:
+    """(shapes, largest difference at each); FusionError(INVALID) where one is too large.
+
+    Also refused: fewer than one shape, and outputs that are constant or not finite, for which any
+    graph would pass.
+    """
+    named, errors = [], []
+    exact: nn.Module | None = None
+    for step, sizes in enumerate(shapes(captured, count)):
+        given = captured.examples if step == 0 else inputs_at(captured, sizes, seed + step)
+        arguments = call_arguments(captured, given)
+        want, got = _tensors(model(**arguments)), _tensors(run(*given))
+        label = " ".join("x".join(map(str, tensor.shape)) for tensor in given)
+        if len(want) != len(got) or any(a.shape != b.shape for a, b in zip(want, got)):
+            raise FusionError(Reason.INVALID, f"at {label} the graph's outputs have other shapes")
+        _check_telling(want, label)
+        worst = 0.0
+        for index, (a, b) in enumerate(zip(want, got, strict=True)):
+            if not a.is_floating_point():
+                if not torch.equal(a, b):
+                    raise FusionError(Reason.INVALID, f"at {label} output {index} differs")
+                continue
+            difference = float((a.double() - b.double()).abs().max()) if a.numel() else 0.0
+            worst = max(worst, difference)
+            limit = ROUNDINGS * torch.finfo(a.dtype).eps * float(a.abs().max())
+            if difference <= limit:
+                continue
+            if exact is None:
+                exact = _in_higher_precision(model)
+            best = _tensors(exact(**_raised(arguments)))[index].double()
+            stock, ours = (float((x.double() - best).abs().max()) for x in (a, b))
+            if not ours <= FACTOR * stock + _FLOOR[a.dtype] * float(best.abs().max()):
+                raise FusionError(
+                    Reason.INVALID,
+                    f"at {label} output {index} is {ours:.2e} off, the model itself {stock:.2e}",
+                )
+        named.append(label)
+        errors.append(worst)
+    return named, errors
+
+
+def _check_telling(outputs: list[Tensor], label: str) -> None:
+    floating = [t for t in outputs if t.is_floating_point() and t.numel() > 1]
+    if not floating:
+        raise FusionError(Reason.INVALID, f"at {label} the model gives nothing to compare")
+    for tensor in floating:
+        if not bool(torch.isfinite(tensor).all()):
+            raise FusionError(Reason.INVALID, f"at {label} an output of the model is not finite")
+    if not any(float(tensor.double().std()) > 0 for tensor in floating):
+        raise FusionError(
+            Reason.INVALID, f"at {label} every output of the model is constant: nothing is shown"
+        )
+
+
+def _in_higher_precision(model: nn.Module) -> nn.Module:
+    kinds = {p.dtype for p in model.parameters()}
+    return copy.deepcopy(model).to(torch.float64 if torch.float32 in kinds else torch.float32)
+
+
+def _raised(arguments: dict[str, Any]) -> dict[str, Any]:
+    def raised(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
+            return leaf
+        return leaf.to(torch.float64 if leaf.dtype == torch.float32 else torch.float32)
+
+    return pytree.tree_map(raised, arguments)

@@ -1,0 +1,203 @@
+"""hf_fusion.generate gives model.generate's greedy tokens, its distribution, and its errors."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from devices import Emulated
+from pairs import tokens
+from test_cuda import SIZES
+from transformers import (
+    BertForSequenceClassification,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+from twins import ENCODERS, build
+
+import hf_fusion
+from hf_fusion import FusionError, native
+from hf_fusion.generation import Sampler
+from hf_fusion.report import Reason
+
+pytestmark = [pytest.mark.reliability(4), pytest.mark.usefixtures("one_thread")]
+
+# (fusion, back end); None: not patched
+MODELS = (
+    (None, None), ("none", "cpu"), ("attention", "cpu"), ("full", "cpu"), ("full", "reference"),
+)  # fmt: skip
+NEW = 20
+
+
+@functools.lru_cache(maxsize=None)
+def model_of(dtype: str = "fp32", **changes):
+    model = build("gpt_neox", {**SIZES, **changes}, dtype, "sdpa", 3)
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, None
+    return model
+
+
+def prompt(batch: int, length: int, seed: int, padded: bool) -> dict:
+    ids = tokens(seed, batch, length)
+    mask = torch.ones_like(ids)
+    for row in range(batch if padded else 0):
+        mask[row, :row] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+CALLS = {
+    "one row": (1, 7, False), "one token": (1, 1, False), "three rows": (3, 5, False),
+    "left padded": (4, 6, True), "eight rows, padded": (8, 9, True),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("fusion, backend", MODELS)
+def test_greedy_tokens_are_those_of_the_model(fusion, backend, name, trials):
+    batch, length, padded = CALLS[name]
+    model = model_of()
+    for seed in range(3):
+        inputs = prompt(batch, length, seed, padded)
+        given = inputs["input_ids"].clone()
+        plain = model.generate(**inputs, max_new_tokens=NEW, do_sample=False, pad_token_id=0)
+        ends = plain[:, length + NEW // 2].tolist()  # tokens that rows come to, each at its time
+        want = [
+            plain,
+            model.generate(**inputs, max_new_tokens=NEW, eos_token_id=ends[0], pad_token_id=5),
+            model.generate(**inputs, max_new_tokens=NEW, eos_token_id=ends),
+        ]
+        options = (
+            {},
+            {"eos_token_id": ends[0], "pad_token_id": 5, "check_every": 3},
+            {"eos_token_id": ends, "check_every": 1 + seed},
+        )
+        if fusion is not None:
+            hf_fusion.patch(model, fusion, backend)
+        try:
+            for one, call in zip(want, options):
+                got = hf_fusion.generate(model, **inputs, max_new_tokens=NEW, **call)
+                assert torch.equal(got, one), f"{name}, seed {seed}, {call}\n{got}\n{one}"
+                trials()
+            assert (hf_fusion.stats(model).fused > 0) == (fusion not in (None, "none"))
+            assert not hf_fusion.stats(model).refused
+        finally:
+            hf_fusion.unpatch(model)
+        assert torch.equal(inputs["input_ids"], given), "the caller's ids have been written to"
+
+
+def test_ids_come_from_the_configuration(trials):
+    model, inputs = model_of(), prompt(2, 6, 1, False)
+    config = model.generation_config
+    plain = model.generate(**inputs, max_new_tokens=NEW, pad_token_id=0)
+    try:
+        config.eos_token_id, config.pad_token_id = plain[:, 12].tolist(), 7
+        ids = inputs["input_ids"].clone()
+        ids[1, :2] = 7
+        for given in (inputs, {"input_ids": ids}):
+            want = model.generate(**given, max_new_tokens=NEW, do_sample=False)
+            assert torch.equal(hf_fusion.generate(model, **given, max_new_tokens=NEW), want)
+            trials()
+        every = hf_fusion.generate(model, **inputs, max_new_tokens=NEW, eos_token_id=())
+        assert torch.equal(every, plain)
+    finally:
+        config.eos_token_id = config.pad_token_id = None
+
+
+@pytest.mark.parametrize("batch, padded", ((1, False), (4, True)))
+def test_greedy_on_a_device(native_build, monkeypatch, batch, padded, trials):
+    """The steps run on the CUDA kernels, emulated; only the prompt is stock's."""
+    device = Emulated(native_build / native.library_path().name)
+    monkeypatch.setattr(native, "_library", device)
+    model, inputs = model_of("fp16"), prompt(batch, 6, 2, padded)
+    with hf_fusion.patched(model, backend="reference"):
+        want = hf_fusion.generate(model, **inputs, max_new_tokens=8)
+    with hf_fusion.patched(model, backend="cuda"):
+        assert torch.equal(hf_fusion.generate(model, **inputs, max_new_tokens=8), want)
+        assert hf_fusion.stats(model).refused == {Reason.ROWS.value: 1} and device.calls == 7
+        trials()
+
+
+@pytest.mark.parametrize("temperature", (0.5, 1.0, 1.7))
+@pytest.mark.parametrize("top_k", (None, 1, 5, 10**6))
+@pytest.mark.parametrize("top_p", (None, 0.0, 0.3, 0.9, 1.0))
+def test_scores_are_warped_as_generate_does(temperature, top_k, top_p, trials):
+    logits = torch.randn(5, 40, generator=torch.Generator().manual_seed(4)) * 3
+    want = TemperatureLogitsWarper(temperature)(None, logits)
+    if top_k is not None:
+        want = TopKLogitsWarper(top_k)(None, want)
+    if top_p is not None:
+        want = TopPLogitsWarper(top_p)(None, want)
+    got = Sampler(True, temperature, top_k, top_p).scores(logits)
+    assert torch.equal(got.isfinite(), want.isfinite())
+    torch.testing.assert_close(got, want)
+    trials()
+
+
+def test_draws_follow_the_probabilities():
+    """Pearson's statistic of 40,000 draws over 8 tokens, below its 99.99 % quantile."""
+    logits = torch.tensor([[0.0, 1.0, 2.0, -1.0, 0.5, -torch.inf, 1.5, 0.2, -2.0]])
+    generator = torch.Generator().manual_seed(5)
+    draws = Sampler(True, 0.8, None, None, generator)(logits.expand(40000, -1))
+    seen = draws.bincount(minlength=9).double()
+    expected = (logits[0] / 0.8).softmax(-1).double() * 40000
+    assert seen[5] == 0
+    live = expected > 0
+    assert float(((seen - expected)[live] ** 2 / expected[live]).sum()) < 29.9
+
+
+def test_sampling_repeats_with_its_generator():
+    model, inputs = model_of(), prompt(2, 5, 3, True)
+    hf_fusion.patch(model)
+    made = []
+    for seed in (1, 1, 2):
+        generator = torch.Generator().manual_seed(seed)
+        options = {"do_sample": True, "temperature": 0.9, "top_k": 30, "top_p": 0.95}
+        made.append(
+            hf_fusion.generate(model, **inputs, max_new_tokens=NEW, generator=generator, **options)
+        )
+    greedy = hf_fusion.generate(model, **inputs, max_new_tokens=NEW)
+    first = hf_fusion.generate(model, **inputs, max_new_tokens=NEW, do_sample=True, top_k=1)
+    hf_fusion.unpatch(model)
+    assert torch.equal(made[0], made[1]) and not torch.equal(made[0], made[2])
+    assert torch.equal(first, greedy) and not torch.equal(made[0], greedy)
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens is 2.5"),
+        ({"check_every": 0}, "check_every is 0"),
+        ({"do_sample": "yes"}, "do_sample is 'yes'"),
+        ({"temperature": 0.0}, "temperature is 0.0"),
+        ({"temperature": float("nan")}, "temperature is nan"),
+        ({"top_k": 0}, "top_k is 0"),
+        ({"top_p": 1.5}, "top_p is 1.5"),
+        ({"eos_token_id": -1}, "eos_token_id is"),
+        ({"pad_token_id": "x"}, "pad_token_id is 'x'"),
+        ({"input_ids": torch.zeros(2, 0, dtype=torch.int64)}, "shape (2, 0)"),
+        ({"input_ids": torch.zeros(3, dtype=torch.int64)}, "shape (3,)"),
+        ({"input_ids": torch.zeros(1, 3)}, "torch.float32"),
+        ({"attention_mask": torch.ones(1, 4)}, "shape (1, 4), expected (1, 3)"),
+    ],
+)
+def test_a_wrong_value_is_named(options, words):
+    call = {"input_ids": tokens(0, 1, 3), "max_new_tokens": 2, **options}
+    with pytest.raises(FusionError) as caught:
+        hf_fusion.generate(model_of(), **call)
+    assert words in caught.value.message
+
+
+def test_a_configuration_that_asks_for_more_is_refused():
+    model = model_of()
+    for name, value in {"repetition_penalty": 1.2, "num_beams": 3, "min_new_tokens": 4}.items():
+        before = getattr(model.generation_config, name)
+        setattr(model.generation_config, name, value)
+        with pytest.raises(FusionError, match=f"{name} is {value}"):
+            hf_fusion.generate(model, tokens(0, 1, 3), max_new_tokens=2)
+        setattr(model.generation_config, name, before)
+    encoder = BertForSequenceClassification(ENCODERS["bert"].tiny_config())
+    with pytest.raises(FusionError) as caught:
+        hf_fusion.generate(encoder, tokens(0, 1, 3), max_new_tokens=2)
+    assert caught.value.reason is Reason.NOT_A_MODEL
