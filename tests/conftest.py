@@ -4,10 +4,14 @@ tried.
 
 from __future__ import annotations
 
+import fcntl
+import os
+import shutil
+import subprocess
+import sys
 from collections import Counter, defaultdict
 from pathlib import Path
 
-import builds
 import pytest
 import torch
 from twins import HITS, REASONS
@@ -70,10 +74,47 @@ def force_isa():
     native.select_isa(None)
 
 
+def tool(name: str) -> str | None:
+    """Path of a program, on PATH or beside this Python."""
+    beside = Path(sys.executable).parent / name
+    return shutil.which(name) or (str(beside) if beside.exists() else None)
+
+
 @pytest.fixture(scope="session")
 def native_build() -> Path:
-    """build/cases, with hff_cases and a library that has fault switches and emulates CUDA."""
-    return builds.native_build()
+    """build/cases, with hff_cases, hff_port_cases and a library that has fault switches and
+    emulates CUDA.
+    """
+    cmake = tool("cmake")
+    if not cmake or not (os.environ.get("CXX") or tool("c++") or tool("g++")):
+        pytest.skip("no cmake or no C++ compiler to build the native cases with")
+    root = Path(__file__).resolve().parents[1]
+    build = root / "build/cases"
+    build.mkdir(parents=True, exist_ok=True)
+    switches = [f"-DHFF_{name}=ON" for name in ("TESTS", "FAULTS", "EMULATE")]
+    with open(build / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the processes of a parallel run build once
+        for command in (
+            [cmake, "-S", str(root), "-B", str(build), "-DCMAKE_BUILD_TYPE=Release", *switches],
+            [cmake, "--build", str(build), "--parallel", str(os.cpu_count())],
+        ):
+            done = subprocess.run(command, capture_output=True, text=True)
+            assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    return build
+
+
+@pytest.fixture(scope="session")
+def cases(request) -> str:
+    """hff_cases: HFF_CASES if set, else built."""
+    given = os.environ.get("HFF_CASES")
+    return given or str(request.getfixturevalue("native_build") / "hff_cases")
+
+
+@pytest.fixture(scope="session")
+def port_cases(request) -> str:
+    """hff_port_cases: HFF_PORT_CASES if set, else built."""
+    given = os.environ.get("HFF_PORT_CASES")
+    return given or str(request.getfixturevalue("native_build") / "hff_port_cases")
 
 
 @pytest.hookimpl(wrapper=True)

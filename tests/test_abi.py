@@ -10,7 +10,6 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from builds import program
 
 from hf_fusion import native
 from hf_fusion.report import FusionError, Reason
@@ -425,9 +424,9 @@ def test_sizes_are_multiplied_in_checked_h_only():
 @pytest.mark.parametrize(
     "arguments", [["test"], ["fuzz", "--trials", "50000"]], ids=lambda a: a[0]
 )
-def test_native_cases(arguments, capsys):
+def test_native_cases(cases, arguments, capsys):
     """Reliability rows 1, 2, 8, 9, 13, 16, 17, 20, 21, 24, 27; the counts are printed."""
-    done = subprocess.run([program("hff_cases"), *arguments], capture_output=True, text=True, timeout=900)
+    done = subprocess.run([cases, *arguments], capture_output=True, text=True, timeout=900)
     with capsys.disabled():
         print("\n" + done.stdout[-20000:])
     assert done.returncode == 0, done.stdout[-20000:] + done.stderr[-4000:]

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from builds import ROOT, tool
+from conftest import tool
 
+ROOT = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.xdist_group("nvcc")  # all read one compilation
 
 SOURCES = sorted((ROOT / "csrc/cuda").glob("*.cu"))

@@ -8,7 +8,6 @@ import re
 import subprocess
 
 import pytest
-from builds import program
 
 
 def row(name: str, number: int, title: str):
@@ -28,9 +27,9 @@ def row(name: str, number: int, title: str):
         row("unsupported", 8, "ABI refusals"),
     ],
 )
-def test_native_cases_on_the_device(name, trials, capsys):
+def test_native_cases_on_the_device(name, cases, trials, capsys):
     """hff_cases --isa cuda; what it prints is shown."""
-    command = [program("hff_cases"), "test", "--isa", "cuda", "--only", name]
+    command = [cases, "test", "--isa", "cuda", "--only", name]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     with capsys.disabled():
         print("\n" + done.stdout[-20000:].rstrip())

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 import subprocess
+from pathlib import Path
 
 import pytest
-from builds import ROOT, program, tool
+from conftest import tool
 
+ROOT = Path(__file__).resolve().parents[1]
 ARCHITECTURES = ("80", "86", "89", "90a", "100", "120")
 # What the primitives must become on sm_90; the registers between do not matter.
 INSTRUCTIONS = (
@@ -32,9 +34,9 @@ INSTRUCTIONS = (
 
 
 @pytest.mark.reliability(16, "determinism")
-def test_kernels_on_fibers(trials, capsys):
+def test_kernels_on_fibers(port_cases, trials, capsys):
     """Each case is a kernel under 1,000 seeds, or a fault that is found within them; the list is printed."""
-    done = subprocess.run([program("hff_port_cases")], capture_output=True, text=True, timeout=600)
+    done = subprocess.run([port_cases], capture_output=True, text=True, timeout=600)
     with capsys.disabled():
         print("\n" + done.stdout[-40000:])
     assert done.returncode == 0, done.stdout[-20000:] + done.stderr[-4000:]
