@@ -145,6 +145,8 @@ def families(arguments: argparse.Namespace, missed: list[str]) -> None:
     """Every family at full size: equality with eager and sdpa, without and with padding."""
     rows = []
     for name, (kind, config) in FAMILIES.items():
+        if arguments.family not in (None, name):
+            continue
         torch.manual_seed(0)
         model = kind(config()).eval()
         for mask in (False, True) if model.main_input_name == "input_ids" else (False,):
@@ -183,6 +185,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("part", choices=("block", "vit", "families"))
     parser.add_argument("--model", default="vit-b16", choices=("vit-b16", "vit-l16"))
+    parser.add_argument("--family", default=None, choices=tuple(FAMILIES), help="this one only")
     parser.add_argument("--dtype", default="fp32")
     parser.add_argument("--rounds", type=int, default=0)
     parser.add_argument("--threads", type=int, default=None)

@@ -65,6 +65,7 @@ def _plain_contiguous(node: fx.Node) -> bool:
     return len(node.users) <= 1 and not node.kwargs
 
 
+_MAY_SHARE = {aten.dropout.default, aten.feature_dropout.default, *_CONVERSIONS, *_COPIES}
 _REMOVABLE: dict[object, Callable[[fx.Node], bool]] = {
     aten.dropout.default: _no_dropout,
     aten.feature_dropout.default: _no_dropout,
@@ -81,9 +82,7 @@ _REMOVABLE: dict[object, Callable[[fx.Node], bool]] = {
 def canonicalise(module: fx.GraphModule) -> None:
     """Rewrites the graph of `module` in place, as this file's head says."""
     graph = module.graph
-    mutable = any(_mutates(node) for node in graph.nodes)
-    if mutable:
-        _functional(graph)
+    _without_writes(graph)
     for node in list(graph.nodes):
         if node.op == "call_module" and node.target == "_guards_fn" or node.target in _ASSERTIONS:
             graph.erase_node(node)
@@ -103,29 +102,38 @@ def canonicalise(module: fx.GraphModule) -> None:
     module.recompile()
 
 
-def _mutates(node: fx.Node) -> bool:
+def mutates(node: fx.Node) -> bool:
+    """Whether the node writes into an operand."""
     schema = getattr(node.target, "_schema", None)
     return node.op == "call_function" and schema is not None and schema.is_mutable
 
 
-def _functional(graph: fx.Graph) -> None:
-    """Operators in place become their plain forms where the value they overwrite has one name.
+def _plain_form(node: fx.Node) -> object:
+    """The operator without the write, where the value written over has one name; else None."""
+    target = node.args[0] if node.args else None
+    name = node.target._schema.name.removeprefix("aten::")
+    if not isinstance(target, fx.Node) or target.op != "call_function" or name[-1:] != "_":
+        return None
+    shared = (target, *target.users)
+    if any(is_view(other) or other.target in _MAY_SHARE for other in shared):
+        return None
+    return getattr(getattr(aten, name[:-1], None), node.target._overloadname, None)
 
-    relu_(x) and the like on a fresh value; anything else, such as a write through a view, stays and
-    keeps the nodes around it from being grouped.
-    """
+
+def writes_are_plain(graph: fx.Graph) -> bool:
+    """Whether every write of the graph can be undone node by node, as `canonicalise` does."""
+    return all(_plain_form(node) is not None for node in graph.nodes if mutates(node))
+
+
+def _without_writes(graph: fx.Graph) -> None:
+    """relu_(x) becomes relu(x), and what read x afterwards reads that."""
     for node in list(graph.nodes):
-        if not _mutates(node) or not isinstance(node.args[0], fx.Node):
+        if not mutates(node) or _plain_form(node) is None:
             continue
-        name = node.target._schema.name.removeprefix("aten::")
-        plain = getattr(aten, name.removesuffix("_"), None) if name.endswith("_") else None
-        plain = getattr(plain, node.target._overloadname, None)
         target = node.args[0]
-        if plain is None or is_view(target) or any(is_view(user) for user in target.users):
-            continue
-        node.target = plain
-        later = {user for user in target.users if user is not node and user > node}
-        target.replace_all_uses_with(node, delete_user_cb=lambda user: user in later)  # noqa: B023
+        later = {user for user in target.users if user > node}
+        node.target = _plain_form(node)
+        target.replace_all_uses_with(node, delete_user_cb=later.__contains__)
 
 
 def is_view(node: fx.Node) -> bool:

@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 from torch.export import Dim
 
 from ..report import FusionError, Reason
-from .canonical import canonicalise
+from .canonical import canonicalise, writes_are_plain
 from .inputs import example_inputs as build_inputs
 from .interface import attention_layers, semantic_attention
 
@@ -113,6 +113,9 @@ def capture(
     defaults = _defaults(model, named)
     named |= defaults
     program, road, notes = _export(model, named, dynamic)
+    if not writes_are_plain(program.graph):
+        # writes through views become results; nothing is taken apart, but spelled differently
+        program = program.run_decompositions({})
     module = program.module(check_guards=False)
     info = module.graph._codegen.pytree_info
     signature, examples = _flatten(module, named, defaults)
