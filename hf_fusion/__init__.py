@@ -7,6 +7,7 @@
     hf_fusion.unpatch(model)
 """
 
+from .attention import attention_stats, register_attention
 from .backends import supported
 from .patching import patch, patched, stats, unpatch
 from .registry import register_family
@@ -19,8 +20,10 @@ __all__ = [
     "Reason",
     "Report",
     "Stats",
+    "attention_stats",
     "patch",
     "patched",
+    "register_attention",
     "register_family",
     "stats",
     "supported",
