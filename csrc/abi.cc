@@ -1,5 +1,6 @@
 // The boundary: every struct is proven against its own buffers before a back end sees it, and no
 // exception leaves. Nothing has been written when a call fails.
+#include "abi_attend.h"
 #include "abi_checks.h"
 
 namespace hff {
@@ -28,6 +29,16 @@ hff_status dispatch_on(const hff_call& call, const hff_model& model, Entry Backe
   return (backend->*entry)(call, arguments...);
 }
 
+// The back end of the device that a proven attend call names; null after fail().
+const Backend* attend_backend(const hff_attend_io& io) {
+  const Backend* backend = io.device == HFF_DEVICE_CPU ? cpu_backend() : cuda_backend(io.ordinal);
+  if (backend != nullptr && backend->attend == nullptr) {
+    fail(HFF_UNSUPPORTED, "this device has no attention kernels by themselves");
+    return nullptr;
+  }
+  return backend;
+}
+
 // One layer as a model.
 hff_model model_of(const hff_block& block) {
   hff_model model = {};
@@ -39,10 +50,11 @@ hff_model model_of(const hff_block& block) {
 }
 
 constexpr uint64_t kStructSizes[] = {
-    sizeof(hff_input),        sizeof(hff_output),    sizeof(hff_linear),  sizeof(hff_norm),
-    sizeof(hff_heads),        sizeof(hff_block),     sizeof(hff_cache),   sizeof(hff_mask),
-    sizeof(hff_call),         sizeof(hff_block_io),  sizeof(hff_model),   sizeof(hff_model_io),
-    sizeof(hff_attention_io), sizeof(hff_linear_io), sizeof(hff_norm_io), sizeof(hff_device)};
+    sizeof(hff_input),        sizeof(hff_output),    sizeof(hff_linear),     sizeof(hff_norm),
+    sizeof(hff_heads),        sizeof(hff_block),     sizeof(hff_cache),      sizeof(hff_mask),
+    sizeof(hff_call),         sizeof(hff_block_io),  sizeof(hff_model),      sizeof(hff_model_io),
+    sizeof(hff_attention_io), sizeof(hff_linear_io), sizeof(hff_norm_io),    sizeof(hff_device),
+    sizeof(hff_strides),      sizeof(hff_attend_io), sizeof(hff_attend_plan)};
 
 }  // namespace
 }  // namespace hff
@@ -126,6 +138,29 @@ hff_status hff_norm_forward(const hff_norm* norm, const hff_norm_io* io) {
   HFF_TRY(check_buffer(io->x, Size(io->rows) * Size(io->hidden), size, "x"));
   HFF_TRY(check_buffer(io->out, Size(io->rows) * Size(io->hidden), size, "out"));
   return dispatch(&Backend::norm, *norm, *io);
+}
+
+hff_status hff_attend(const hff_attend_io* io) {
+  HFF_REQUIRE(io != nullptr, "the struct of hff_attend is null");
+  HFF_TRY(check_attend(*io));
+  HFF_TRY(check_attend_buffers(*io));
+  const Backend* backend = attend_backend(*io);
+  if (backend == nullptr) return HFF_UNSUPPORTED;
+  if (io->device == HFF_DEVICE_CUDA) {
+    hff_attend_plan plan = {};
+    HFF_TRY(backend->plan_attend(*io, &plan));
+    HFF_TRY(check_attend_workspace(*io, plan.workspace_bytes));
+  }
+  return backend->attend(*io);
+}
+
+hff_status hff_plan_attend(const hff_attend_io* io, hff_attend_plan* out) {
+  HFF_REQUIRE(io != nullptr && out != nullptr, "a struct of hff_plan_attend is null");
+  HFF_REQUIRE(out->struct_size == sizeof(hff_attend_plan),
+              "hff_attend_plan has another size for the caller");
+  HFF_TRY(check_attend(*io));
+  const Backend* backend = attend_backend(*io);
+  return backend != nullptr ? backend->plan_attend(*io, out) : HFF_UNSUPPORTED;
 }
 
 int64_t hff_packed_bytes(int32_t dtype, int32_t precision, int64_t rows, int64_t cols) {

@@ -21,6 +21,8 @@ struct Backend {
   void (*read_stream)(const void* data, int64_t bytes, int32_t threads);
   // CUDA: hff_workspace_bytes; 0 after fail()
   int64_t (*workspace_bytes)(const hff_call&, const hff_model&);
+  hff_status (*attend)(const hff_attend_io&);
+  hff_status (*plan_attend)(const hff_attend_io&, hff_attend_plan* out);  // all but struct_size
 };
 
 // The CPU back end under the chosen instruction set; chooses on first use. Null if HF_FUSION_ISA

@@ -7,6 +7,7 @@
     hf_fusion.unpatch(model)
 """
 
+from .attention import attention_stats, register_attention
 from .backends import supported
 from .generation import generate
 from .patching import patch, patched, stats, unpatch
@@ -29,10 +30,12 @@ __all__ = [
     "Reason",
     "Report",
     "Stats",
+    "attention_stats",
     "fuse",
     "generate",
     "patch",
     "patched",
+    "register_attention",
     "register_family",
     "stats",
     "supported",

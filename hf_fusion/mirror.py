@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 from ctypes import POINTER, c_char, c_float, c_int32, c_int64, c_uint64, c_void_p
 
-ABI_VERSION = 3
+ABI_VERSION = 4
 MAX_HEAD_DIM = 256
 SAMPLED_ROWS = 8
 
@@ -19,6 +19,7 @@ PRECISIONS = {"highest": 0, "high": 1, "medium": 2}
 STAGES = {"attention": 0, "attention+up": 1, "full": 2}
 DEVICES = {"cpu": 0, "cuda": 1}
 PLANS = {"auto": 0, "chain": 1, "token": 2}
+ATTENDS = {"naive": 0, "tiled": 1, "flash": 2}
 MASK_NONE, MASK_BOOL, MASK_INT64, MASK_ADDITIVE = range(4)
 
 
@@ -230,9 +231,64 @@ class Device(ctypes.Structure):
     ]
 
 
+class Strides(ctypes.Structure):
+    """hff_strides."""
+
+    _fields_ = [("batch", c_int64), ("head", c_int64), ("token", c_int64)]
+
+
+class AttendIo(ctypes.Structure):
+    """hff_attend_io."""
+
+    _fields_ = [
+        ("struct_size", c_uint64),
+        ("kernel", c_int32),
+        ("dtype", c_int32),
+        ("threads", c_int32),
+        ("causal", c_int32),
+        ("batch", c_int64),
+        ("heads", c_int64),
+        ("kv_heads", c_int64),
+        ("head_dim", c_int64),
+        ("queries", c_int64),
+        ("keys", c_int64),
+        ("window", c_int64),
+        ("q", Buffer),
+        ("k", Buffer),
+        ("v", Buffer),
+        ("out", Buffer),
+        ("q_strides", Strides),
+        ("k_strides", Strides),
+        ("v_strides", Strides),
+        ("out_strides", Strides),
+        ("mask", Mask),
+        ("mask_head_stride", c_int64),
+        ("scale", c_float),
+        ("device", c_int32),
+        ("ordinal", c_int32),
+        ("reserved", c_int32),
+        ("block_queries", c_int64),
+        ("block_keys", c_int64),
+        ("stream", c_void_p),
+        ("workspace", Buffer),
+    ]
+
+
+class AttendPlan(ctypes.Structure):
+    """hff_attend_plan."""
+
+    _fields_ = [
+        ("struct_size", c_uint64),
+        ("block_queries", c_int64),
+        ("block_keys", c_int64),
+        ("scratch_bytes", c_int64),
+        ("workspace_bytes", c_int64),
+    ]
+
+
 STRUCTS = (
     Buffer, Buffer, Linear, Norm, Heads, Block, Cache, Mask, Call, BlockIo, Model, ModelIo, AttentionIo, LinearIo, NormIo,
-    Device,
+    Device, Strides, AttendIo, AttendPlan,
 )  # fmt: skip
 
 

@@ -32,6 +32,8 @@ _SIGNATURES = {
     "hff_attention_forward": (c_int32, [POINTER(Call), POINTER(Heads), POINTER(Cache), POINTER(AttentionIo)]),
     "hff_linear_forward": (c_int32, [POINTER(Linear), POINTER(LinearIo)]),
     "hff_norm_forward": (c_int32, [POINTER(Norm), POINTER(NormIo)]),
+    "hff_attend": (c_int32, [POINTER(AttendIo)]),
+    "hff_plan_attend": (c_int32, [POINTER(AttendIo), POINTER(AttendPlan)]),
     "hff_packed_bytes": (c_int64, [c_int32, c_int32, c_int64, c_int64]),
     "hff_pack": (c_int32, [POINTER(Linear), c_int32, c_int32, c_int32, POINTER(Buffer)]),
     "hff_fingerprint": (c_uint64, [POINTER(Linear), c_int64, c_int32, c_int64]),

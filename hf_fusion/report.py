@@ -67,6 +67,7 @@ class Reason(Enum):
     BACKEND_ABSENT = "back end not in this build"
     NOT_A_MODEL = "not a torch module"
     UNPICKLED = "patch removed by pickling"
+    REGISTERED = "name registered by others"
 
     def __str__(self) -> str:
         return self.value

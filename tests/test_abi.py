@@ -74,6 +74,7 @@ def test_constants_equal_the_header_s():
         "QKV": native.QKV_LAYOUTS,
         "PRECISION": native.PRECISIONS,
         "STAGE": native.STAGES,
+        "ATTEND": native.ATTENDS,
         "DEVICE": native.DEVICES,
         "PLAN": native.PLANS,
     }
@@ -345,7 +346,8 @@ def test_runtime_imports_point_down():
 
 def test_csrc_includes_point_down():
     allowed = {
-        "abi.cc": r"\"abi_checks\.h\"",
+        "abi.cc": r"\"abi_(attend|checks)\.h\"",
+        "abi_attend.h": r"\"abi_parts\.h\"",
         "abi_checks.h": r"\"abi_parts\.h\"",
         "abi_parts.h": r"<c\w+>|\"(backend|checked)\.h\"",
         "backend.h": r"<c\w+>|\"include/hf_fusion\.h\"",
@@ -367,7 +369,7 @@ def test_csrc_includes_point_down():
         included = re.findall(r"#include (\S+)", (ROOT / "csrc" / name).read_text())
         assert set(included) <= {"<immintrin.h>"}, f"{name} includes {included}"
     maths = r"\b(exp|sqrt|tanh|erf|fma|cos|sin|log|pow)f?\s*\("
-    for name in ("abi.cc", "abi_checks.h", "abi_parts.h"):
+    for name in ("abi.cc", "abi_attend.h", "abi_checks.h", "abi_parts.h"):
         assert not re.search(maths, (ROOT / "csrc" / name).read_text()), name
 
 
@@ -409,7 +411,7 @@ def test_no_build_file_loosens_floating_point():
 
 def test_sizes_are_multiplied_in_checked_h_only():
     """In the checks a product is one of Size values, or an index inside brackets that a check has bounded."""
-    checks = "".join((ROOT / "csrc" / name).read_text() for name in ("abi_parts.h", "abi_checks.h"))
+    checks = "".join((ROOT / "csrc" / name).read_text() for name in ("abi_parts.h", "abi_checks.h", "abi_attend.h"))
     text = re.sub(r"//.*|\"(\\.|[^\"\\])*\"", "", checks)
     text = re.sub(r"\[[^\[\]]*\]", "", text)
     products = re.findall(r"[\w)\].]+ \* [\w(.:>-]+", text)

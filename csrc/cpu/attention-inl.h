@@ -159,14 +159,19 @@ struct Attention {
   }
 };
 
+// An additive mask hides a key where it is at or below the dtype's lowest value, which is how
+// Hugging Face writes "no".
+template <class T>
+HFF_INLINE constexpr float lowest_of() {
+  return std::is_same<T, f16>::value ? -65504.0f : -3.38e38f;
+}
+
 // The visible keys among [begin, end): their numbers into list, their additive bias (0 where none)
-// into bias. An additive mask hides a key where it is at or below the dtype's lowest value, which
-// is how Hugging Face writes "no".
+// into bias.
 template <class T>
 static int64_t visible_keys(const hff_mask& mask, int64_t b, int64_t i, int64_t begin, int64_t end,
                             int32_t* list, float* bias) {
   const int64_t base = b * mask.batch_stride + i * mask.query_stride;
-  const float lowest = sizeof(T) == 2 && to_float(T{0x7bff}) == 65504.0f ? -65504.0f : -3.38e38f;
   int64_t n = 0;
   for (int64_t j = begin; j < end; ++j) {
     const int64_t at = base + j * mask.key_stride;
@@ -178,7 +183,7 @@ static int64_t visible_keys(const hff_mask& mask, int64_t b, int64_t i, int64_t 
       seen = static_cast<const int64_t*>(mask.data.data)[at] != 0;
     } else if (mask.kind == HFF_MASK_ADDITIVE) {
       add = to_float(static_cast<const T*>(mask.data.data)[at]);
-      seen = !(add <= lowest);
+      seen = !(add <= lowest_of<T>());
     }
     list[n] = static_cast<int32_t>(j - begin);
     bias[n] = add;
@@ -259,10 +264,11 @@ static void add_values(const T* values, int64_t stride, const int32_t* list, con
 
 // Folds the listed keys of one chunk into the running softmax.
 template <class T>
-static void fold_chunk(const T* keys, const T* values, int64_t stride, const int32_t* list,
-                       const float* bias, int64_t n, const float* q, int64_t dim, Softmax* state) {
+static void fold_chunk(const T* keys, int64_t key_stride, const T* values, int64_t value_stride,
+                       const int32_t* list, const float* bias, int64_t n, const float* q,
+                       int64_t dim, Softmax* state) {
   float scores[kChunk + kLanes];
-  score_keys(keys, stride, list, bias, n, q, dim, scores);
+  score_keys(keys, key_stride, list, bias, n, q, dim, scores);
   float top = state->top;
   bool dead = true;  // nothing but -inf, which weighs nothing
   for (int64_t j = 0; j < n; ++j) {
@@ -281,7 +287,7 @@ static void fold_chunk(const T* keys, const T* values, int64_t stride, const int
   store(exp_negative(set1(state->top - top)), decay);
   state->total = state->total * decay[0] + sum(total);
   state->top = top;
-  add_values(values, stride, list, scores, n, decay[0], dim, state->context);
+  add_values(values, value_stride, list, scores, n, decay[0], dim, state->context);
 }
 
 // Query (b, i) of head h over keys [begin, end).
@@ -303,7 +309,7 @@ static void attend_query(const Attention<T, Q>& a, int64_t b, int64_t i, int64_t
     const T* keys = static_cast<const T*>(a.cache.keys.data) + at;
     const T* values = static_cast<const T*>(a.cache.values.data) + at;
     const bool all = n == stop - j;
-    fold_chunk(keys, values, a.cache.token_stride, all ? nullptr : list,
+    fold_chunk(keys, a.cache.token_stride, values, a.cache.token_stride, all ? nullptr : list,
                a.call.mask.kind == HFF_MASK_ADDITIVE ? bias : nullptr, n, q, dim, state);
   }
 }

@@ -8,6 +8,7 @@
 #include <new>
 #include <type_traits>
 
+#include "attend_table.h"
 #include "backend.h"
 #include "cpu/arena.h"
 #include "cpu/team.h"
@@ -29,6 +30,14 @@
 
 #include "cpu/flash-inl.h"
 
+#include "cpu/attend-inl.h"
+
+#include "cpu/attend-naive-inl.h"
+
+#include "cpu/attend-tiled-inl.h"
+
+#include "cpu/attend-flash-inl.h"
+
 #include "cpu/block-inl.h"
 
 #include "cpu/decode-inl.h"
@@ -38,6 +47,8 @@
 #include "cpu/forward-inl.h"
 
 #include "cpu/calls-inl.h"
+
+#include "cpu/attend-calls-inl.h"
 
 #include "cpu/stream-inl.h"
 
@@ -73,6 +84,10 @@ static hff_status linear(const hff_linear& layer, const hff_linear_io& io) {
 static hff_status norm(const hff_norm& layer, const hff_norm_io& io) {
   HFF_DISPATCH(io.dtype, norm_call, layer, io);
 }
+static hff_status attend(const hff_attend_io& io) { HFF_DISPATCH(io.dtype, attend_call, io); }
+static hff_status plan_attend(const hff_attend_io& io, hff_attend_plan* plan) {
+  HFF_DISPATCH(io.dtype, attend_plan_of, io, plan);
+}
 static int64_t packed_bytes(int32_t dtype, int32_t precision, int64_t rows, int64_t cols) {
   HFF_DISPATCH(dtype, packed_bytes_of, precision, rows, cols);
 }
@@ -90,8 +105,8 @@ bool tiles_checked() { return tiles_work(); }
 #endif
 
 extern const Backend kBackend;
-const Backend kBackend = {model,        block,       attention, linear,      norm,
-                          packed_bytes, packed_fits, pack,      read_stream, nullptr};
+const Backend kBackend = {model,       block, attention,   linear,  norm,   packed_bytes,
+                          packed_fits, pack,  read_stream, nullptr, attend, plan_attend};
 
 }  // namespace HFF_ISA
 }  // namespace hff

@@ -2,8 +2,8 @@
 // internal linkage, so that no function built for AVX-512 can be linked into a path that a lesser
 // CPU runs.
 // F holds kLanes floats. load/store convert between memory types (float, bf16, f16) and F; *_n
-// touch exactly n elements and read the rest as zero. sum() adds in a fixed tree. Loads of bf16 and
-// f16 are exact, stores round to nearest even.
+// touch exactly n elements and read the rest as zero. sum() adds in a fixed tree, largest() is any
+// lane where one is NaN. Loads of bf16 and f16 are exact, stores round to nearest even.
 
 #define HFF_INLINE static inline __attribute__((always_inline))
 
@@ -95,6 +95,13 @@ HFF_INLINE float sum(F a) {
   quarter = _mm_add_ps(quarter, _mm_movehl_ps(quarter, quarter));
   return _mm_cvtss_f32(_mm_add_ss(quarter, _mm_movehdup_ps(quarter)));
 }
+HFF_INLINE float largest(F a) {
+  const __m256 high = _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(a.v), 1));
+  const __m256 half = _mm256_max_ps(_mm512_castps512_ps256(a.v), high);
+  __m128 quarter = _mm_max_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+  quarter = _mm_max_ps(quarter, _mm_movehl_ps(quarter, quarter));
+  return _mm_cvtss_f32(_mm_max_ss(quarter, _mm_movehdup_ps(quarter)));
+}
 
 HFF_INLINE F load(const float* p) { return {_mm512_loadu_ps(p)}; }
 HFF_INLINE F load_n(const float* p, int64_t n) { return {_mm512_maskz_loadu_ps(first(n), p)}; }
@@ -171,6 +178,11 @@ HFF_INLINE float sum(F a) {
   quarter = _mm_add_ps(quarter, _mm_movehl_ps(quarter, quarter));
   return _mm_cvtss_f32(_mm_add_ss(quarter, _mm_movehdup_ps(quarter)));
 }
+HFF_INLINE float largest(F a) {
+  __m128 quarter = _mm_max_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+  quarter = _mm_max_ps(quarter, _mm_movehl_ps(quarter, quarter));
+  return _mm_cvtss_f32(_mm_max_ss(quarter, _mm_movehdup_ps(quarter)));
+}
 HFF_INLINE F load(const float* p) { return {_mm256_loadu_ps(p)}; }
 HFF_INLINE F load(const bf16* p) {
   const __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
@@ -226,6 +238,11 @@ HFF_INLINE F pow2(
 }
 HFF_INLINE float sum(F a) {
   return ((a.v[0] + a.v[4]) + (a.v[2] + a.v[6])) + ((a.v[1] + a.v[5]) + (a.v[3] + a.v[7]));
+}
+HFF_INLINE float largest(F a) {
+  float best = a.v[0];
+  for (int i = 1; i < 8; ++i) best = a.v[i] > best ? a.v[i] : best;
+  return best;
 }
 template <class T>
 HFF_INLINE F load(const T* p) {

@@ -316,8 +316,8 @@ int64_t workspace_bytes(const hff_call& call, const hff_model& model) {
   return bytes;
 }
 
-const Backend kBackend = {model_forward, block_forward, nullptr, nullptr, nullptr,
-                          nullptr,       nullptr,       nullptr, nullptr, workspace_bytes};
+const Backend kBackend = {model_forward, block_forward, nullptr, nullptr,         nullptr, nullptr,
+                          nullptr,       nullptr,       nullptr, workspace_bytes, nullptr, nullptr};
 
 }  // namespace
 }  // namespace cuda

@@ -17,7 +17,7 @@
 extern "C" {
 #endif
 
-#define HFF_ABI_VERSION 3
+#define HFF_ABI_VERSION 4
 #define HFF_MAX_HEAD_DIM 256
 #define HFF_SAMPLED_ROWS 8
 
@@ -63,6 +63,9 @@ enum { HFF_DEVICE_CPU = 0, HFF_DEVICE_CUDA = 1 };
 enum { HFF_PLAN_AUTO = 0, HFF_PLAN_CHAIN = 1, HFF_PLAN_TOKEN = 2 };
 /* ATTENTION: attn(norm1(x)); ATTENTION_UP: that, and act(up(norm2(.))); FULL: the whole layer */
 enum { HFF_STAGE_ATTENTION = 0, HFF_STAGE_ATTENTION_UP = 1, HFF_STAGE_FULL = 2 };
+/* Attention kernels. NAIVE: every score in memory; TILED: the scores of a block of queries, products
+ * in tiles; FLASH: online softmax, no scores in memory */
+enum { HFF_ATTEND_NAIVE = 0, HFF_ATTEND_TILED = 1, HFF_ATTEND_FLASH = 2 };
 /* BOOL: uint8, nonzero = attend; INT64: nonzero = attend; ADDITIVE: dtype of the call, added to the
  * scaled score */
 enum { HFF_MASK_NONE = 0, HFF_MASK_BOOL = 1, HFF_MASK_INT64 = 2, HFF_MASK_ADDITIVE = 3 };
@@ -240,6 +243,44 @@ typedef struct {
   int32_t reserved;
 } hff_device;
 
+/* Elements between neighbours of a (batch, heads, tokens, head_dim) tensor whose head_dim is
+ * contiguous; an input's may be 0 */
+typedef struct {
+  int64_t batch, head, token;
+} hff_strides;
+
+/* out = softmax(scale q k^T + mask) v: q, out (batch, heads, queries, head_dim), k, v (batch,
+ * kv_heads, keys, head_dim), head h of q with head h / (heads / kv_heads) of k. A query that sees
+ * nothing gives zeros. */
+typedef struct {
+  uint64_t struct_size;
+  int32_t kernel;     /* HFF_ATTEND_* */
+  int32_t dtype, threads;
+  int32_t causal;     /* 1: query i sees keys 0 .. keys - queries + i; 0: all */
+  int64_t batch, heads, kv_heads, head_dim, queries, keys;
+  int64_t window;     /* with causal, not 0: of those keys, the last `window` */
+  hff_input q, k, v;
+  hff_output out;
+  hff_strides q_strides, k_strides, v_strides, out_strides;
+  hff_mask mask;      /* of as many keys as there are */
+  int64_t mask_head_stride;
+  float scale;
+  int32_t device;     /* HFF_DEVICE_*, with ordinal and stream as in hff_call */
+  int32_t ordinal;
+  int32_t reserved;
+  int64_t block_queries, block_keys; /* 0: as hff_plan_attend says */
+  void* stream;
+  hff_output workspace; /* CUDA: workspace_bytes of hff_plan_attend */
+} hff_attend_io;
+
+/* How a call would run. scratch_bytes: what the library takes for its duration beside the caller's
+ * tensors, of all threads; workspace_bytes: what the caller must bring. */
+typedef struct {
+  uint64_t struct_size;
+  int64_t block_queries, block_keys;
+  int64_t scratch_bytes, workspace_bytes;
+} hff_attend_plan;
+
 /* A whole model: embedding, layers, final norm, head, for any number of rows. caches: block_count of
  * them, or null: then nothing is kept, and queries see the call's own keys. Few rows go through row
  * kernels, one pass over the weights as they lie; many through matrix kernels. */
@@ -251,6 +292,9 @@ HFF_API hff_status hff_attention_forward(const hff_call*, const hff_heads*, cons
                                          const hff_attention_io*);
 HFF_API hff_status hff_linear_forward(const hff_linear*, const hff_linear_io*);
 HFF_API hff_status hff_norm_forward(const hff_norm*, const hff_norm_io*);
+
+HFF_API hff_status hff_attend(const hff_attend_io*);
+HFF_API hff_status hff_plan_attend(const hff_attend_io*, hff_attend_plan* out);
 
 /* Bytes of a weight packed for the matrix kernels of the chosen instruction set, 0 where the
  * arguments name none; and the packing, into 64-byte aligned memory. A call under another
@@ -277,7 +321,7 @@ HFF_API hff_status hff_describe_device(int32_t device, int32_t ordinal, hff_devi
 HFF_API int64_t hff_workspace_bytes(const hff_call*, const hff_model*);
 
 HFF_API int32_t hff_abi_version(void);
-/* sizeof the structs above in order of declaration, from hff_input (0) to hff_device (15); 0 past
+/* sizeof the structs above in order of declaration, from hff_input (0) to hff_attend_plan (18); 0 past
  * the end */
 HFF_API uint64_t hff_struct_size(int32_t index);
 HFF_API const char* hff_last_error(void);

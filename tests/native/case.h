@@ -228,6 +228,7 @@ std::unique_ptr<Case> make_attention(Random& random, const Design& design);
 std::unique_ptr<Case> make_block(Random& random, const Design& design);
 std::unique_ptr<Case> make_model(Random& random, const Design& design);
 std::unique_ptr<Case> make_pack(Random& random, const Design& design);
+std::unique_ptr<Case> make_attend(Random& random, const Design& design);
 
 struct Kernel {
   const char* name;
@@ -235,7 +236,8 @@ struct Kernel {
 };
 constexpr Kernel kKernels[] = {{"norm", make_norm},           {"linear", make_linear},
                                {"attention", make_attention}, {"block", make_block},
-                               {"model", make_model},         {"pack", make_pack}};
+                               {"model", make_model},         {"pack", make_pack},
+                               {"attend", make_attend}};
 
 std::string describe(const CallData& call, const HeadsData& heads);
 

@@ -258,6 +258,8 @@ bool run_null(const Options& options, const std::string& isa) {
   hff_attention_io attention_io = {};
   hff_linear_io linear_io = {};
   hff_norm_io norm_io = {};
+  hff_attend_io attend_io = {};
+  hff_attend_plan plan = {};
   for (unsigned given = 0; given < 16; ++given) {
     const auto pass = [given](unsigned bit, auto* pointer) {
       return given >> bit & 1 ? pointer : nullptr;
@@ -268,7 +270,9 @@ bool run_null(const Options& options, const std::string& isa) {
         hff_attention_forward(pass(0, &call), pass(1, &heads), pass(2, &cache),
                               pass(3, &attention_io)),
         hff_linear_forward(pass(0, &linear), pass(1, &linear_io)),
-        hff_norm_forward(pass(0, &norm), pass(1, &norm_io))};
+        hff_norm_forward(pass(0, &norm), pass(1, &norm_io)),
+        hff_attend(pass(0, &attend_io)),
+        hff_plan_attend(pass(0, &attend_io), pass(1, &plan))};
     for (const hff_status status : statuses) {
       tally.begin(given, "");
       tally.end(status == HFF_INVALID
@@ -309,19 +313,27 @@ bool contradict(Random& random, const Field& field, const Named& fields) {
   }
   if (name == "v.weight") return *static_cast<void**>(field.where) = nullptr, true;
   if (name == "starts[0]") return set(random.pick<int64_t>({-1, 1, INT64_MIN, INT64_MAX}));
+  if (name == "io.block_queries" || name == "io.block_keys") return set(1 << 20);
+  if (name == "io.window" || name == "io.queries" || name == "io.keys" || name == "io.batch")
+    return set(-1);
+  if (name == "io.head_dim") return set(HFF_MAX_HEAD_DIM + 1);
+  if (name == "io.kv_heads") return set(size_of(fields, "io.heads") + 1);
+  if (name == "io.kernel") return *static_cast<int32_t*>(field.where) = 3, true;
   if (name == "mask.kind" || name == "call.dtype" || name == "call.causal" || name == "io.dtype" ||
-      name == "io.activation" || name == "io.stage" || name == "io.precision" ||
-      name == "call.precision" || name == "call.plan" || name == "norm.kind" ||
-      name == "heads.qkv_layout" || name == "block.residual" || name == "block.activation") {
+      name == "io.causal" || name == "io.activation" || name == "io.stage" ||
+      name == "io.precision" || name == "call.precision" || name == "call.plan" ||
+      name == "norm.kind" || name == "heads.qkv_layout" || name == "block.residual" ||
+      name == "block.activation") {
     return *static_cast<int32_t*>(field.where) = 17, true;
   }
-  if (name == "call.ordinal") return *static_cast<int32_t*>(field.where) = -1, true;
+  if (name == "call.ordinal" || name == "io.ordinal")
+    return *static_cast<int32_t*>(field.where) = -1, true;
   // no such device; or CUDA, which a call without a workspace does not get even where it is
-  if (name == "call.device")
+  if (name == "call.device" || name == "io.device")
     return *static_cast<int32_t*>(field.where) = random.pick<int32_t>({HFF_DEVICE_CUDA, 7}), true;
   if (name == "io.next" && field.kind == Field::kPointer)
     return *static_cast<void**>(field.where) = &random, true;
-  if (name == "norm.eps" || name == "heads.scale")
+  if (name == "norm.eps" || name == "heads.scale" || name == "io.scale")
     return *static_cast<float*>(field.where) = HUGE_VALF, true;
   if (field.kind != Field::kSize && field.kind != Field::kCell) return false;
   if (name == "linear.row_stride") return set(size_of(fields, "linear.cols") - 1);

@@ -1,0 +1,48 @@
+// Blocks of the tiled and flash attention kernels by hardware, head size and length: the one table.
+// `hf-fusion bench attention --tune` measures it again, and says where another row would win.
+#pragma once
+
+#include <cstdint>
+
+#include "checked.h"
+
+namespace hff {
+
+enum class Hardware { kScalar, kAvx2, kAvx512, kAvx512Bf16, kAmx, kCount };
+
+struct AttendBlocks {
+  int64_t queries, keys;
+};
+
+// The first row holds that has the hardware, or kCount for any, and bounds no smaller than the call.
+struct AttendRow {
+  int32_t kernel;
+  Hardware hardware;
+  int64_t head_dim, keys;  // bounds
+  AttendBlocks blocks;
+};
+constexpr int64_t kAnyLength = INT64_MAX;
+
+constexpr AttendRow kAttendTable[] = {
+    // Tiled: the scores of a block of queries, 4 bytes each, are to stay in half of a 1 MB L2.
+    {HFF_ATTEND_TILED, Hardware::kCount, HFF_MAX_HEAD_DIM, 1024, {128, 128}},
+    {HFF_ATTEND_TILED, Hardware::kCount, HFF_MAX_HEAD_DIM, 2048, {64, 128}},
+    {HFF_ATTEND_TILED, Hardware::kCount, HFF_MAX_HEAD_DIM, kAnyLength, {32, 128}},
+    // Flash: packing keys and values costs what 7 queries do, so more queries a block; their q and
+    // context, 8 bytes an element, share L2 with a block of keys and values.
+    {HFF_ATTEND_FLASH, Hardware::kCount, 64, kAnyLength, {256, 128}},
+    {HFF_ATTEND_FLASH, Hardware::kCount, 128, kAnyLength, {192, 128}},
+    {HFF_ATTEND_FLASH, Hardware::kCount, HFF_MAX_HEAD_DIM, kAnyLength, {128, 64}},
+};
+
+HFF_ALWAYS_INLINE AttendBlocks attend_blocks(int32_t kernel, Hardware hardware, int64_t head_dim,
+                                             int64_t keys) {
+  for (const AttendRow& row : kAttendTable) {
+    if (row.kernel == kernel && (row.hardware == hardware || row.hardware == Hardware::kCount) &&
+        head_dim <= row.head_dim && keys <= row.keys)
+      return row.blocks;
+  }
+  return {0, 0};
+}
+
+}  // namespace hff

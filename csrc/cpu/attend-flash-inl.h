@@ -1,0 +1,168 @@
+// Flash attention: a block of keys at a time, softmax online, no scores in memory.
+//   per block: S = scale q K^T + mask; m' = max(m, max S); P = exp(S - m')
+//              total = exp(m - m') total + sum P; context = exp(m - m') context + P V; m = m'
+//   out = context / total
+// Work split: a unit is (batch row, k/v head, block of rows, split of keys), blocks with most keys
+//   first under causality. It packs a block of keys and values as panels (pack-inl.h), then takes
+//   its rows in tiles of registers (gemm-inl.h): scores, weights and product of a tile stay in L1.
+//   Up to kSplitRows rows of a k/v head are split over keys, kSplit at a time: the size is fixed, so
+//   no bit depends on threads or batch; the splits' results are merged in their order.
+//   Up to kRowwise rows (decode) take keys and values as they lie, row by row (attention-inl.h): in
+//   a group all heads read a chunk while it is in L1.
+// Scratch per thread: queries and context of a block, panels of a block of keys; no term grows with
+//   queries or keys but the splits' results.
+// Bytes: K and V once per block of rows, or once per decode. Bound: multiply-adds; decode: the read
+//   stream.
+
+namespace hff {
+namespace HFF_ISA {
+
+constexpr int64_t kSplitRows = 64;
+constexpr int64_t kRowwise = 8;
+
+template <class T, class P>
+struct FlashAttend {
+  using Input = typename P::Input;
+  AttendTiles<T, P> tiles;
+  float *scores, *tops;  // (panels of a block, kMaxTileRows, kPanel), (block_queries)
+  Input* weights;        // (kMaxTileRows, weight_room)
+  int64_t weight_room;
+
+  void carve(Arena* arena, const hff_attend_io& io, const AttendBlocks& blocks) {
+    tiles.carve(arena, io, blocks.queries, blocks.keys);
+    scores = arena->take<float>(blocks.keys * kMaxTileRows);
+    tops = arena->take<float>(blocks.queries);
+    weight_room = blocks.keys + 64 / static_cast<int64_t>(sizeof(Input));
+    weights = arena->take<Input>(kMaxTileRows * weight_room);
+  }
+
+  // One row's scores, panels kMaxTileRows * kPanel apart, to weights; returns exp(m - m').
+  HFF_ALWAYS_INLINE float soften(float* row, int64_t panels, F scale, const float* bias, Input* out,
+                                 float* top, float* total) const {
+    F best = set1(kHidden), added = zero();
+    for (int64_t p = 0; p < panels; ++p) {
+      for (int64_t v = 0; v < kPanel; v += kLanes) {
+        float* at = row + p * kMaxTileRows * kPanel + v;
+        const F score = biased(load(at), scale, bias != nullptr ? bias + p * kPanel + v : nullptr);
+        store(score, at);
+        best = max(score, best);
+      }
+    }
+    float peak = largest(best);
+    peak = *top > peak ? *top : peak;
+    if (peak == kHidden && panels_hidden(row, panels)) {
+      for (int64_t j = 0; j < panels * kPanel; j += kLanes) store(zero(), out + j);
+      return 1.0f;
+    }
+    for (int64_t p = 0; p < panels; ++p) {
+      for (int64_t v = 0; v < kPanel; v += kLanes) {
+        const F score = load(row + p * kMaxTileRows * kPanel + v);
+        const F weight = exp_negative(sub(score, set1(peak)));
+        store(weight, out + p * kPanel + v);
+        added = add(added, weight);
+      }
+    }
+    float decay = 1.0f;
+    if (peak != *top) {
+      float factor[kLanes];
+      store(exp_negative(set1(*top - peak)), factor);
+      decay = factor[0];
+    }
+    *top = peak;
+    *total = *total * decay + sum(added);
+    return decay;
+  }
+  static bool panels_hidden(const float* row, int64_t panels) {
+    for (int64_t p = 0; p < panels; ++p) {
+      if (!all_hidden(row + p * kMaxTileRows * kPanel, kPanel)) return false;
+    }
+    return true;
+  }
+
+  // Folds keys [j, j + n), packed, into rows [row, row + count) of the block.
+  void fold_tile(const Attend<T>& a, int64_t b, int64_t g, int64_t first, int64_t row,
+                 int64_t count, int64_t j, int64_t n, bool finite) const {
+    const int64_t panels = panels_of(n), dim = a.io.head_dim;
+    const bool all = n % kPanel == 0 && a.see_all(first + row, count, j, n);
+    const F scale = set1(a.io.scale);
+    float decay[kMaxTileRows];
+    for (int64_t p = 0; p < panels; ++p) {
+      multiply_rows<P>(count, tiles.queries.row(row), tiles.queries.stride,
+                       tiles.keys + p * panel_elements<P>(dim), dim,
+                       scores + p * kMaxTileRows * kPanel);
+    }
+    for (int64_t r = 0; r < count; ++r) {
+      const int64_t at = first + row + r, h = a.head_of(g, at);
+      Input* out = weights + r * weight_room;
+      if (!all) bias_of(a, b, h, a.query_of(at), j, n, whole_panels(n), tiles.bias);
+      decay[r] = soften(scores + r * kPanel, panels, scale, all ? nullptr : tiles.bias, out,
+                        tops + row + r, tiles.totals + row + r);
+      if (finite) continue;
+      float* context = tiles.context + (row + r) * tiles.context_room;
+      for (int64_t d = 0; d < tiles.context_room; d += kLanes)
+        store(mul(load(context + d), set1(decay[r])), context + d);
+      if (all) bias_of(a, b, h, a.query_of(at), j, n, n, tiles.bias);
+      add_seen_values(a, b, g, j, n, out, tiles.bias, context);
+    }
+    if (finite) tiles.add_values(row, count, weights, weight_room, whole_panels(n), decay);
+  }
+
+  // Rows [first, first + rows) of (b, g) over keys [begin, end) of those they see.
+  void run(const Attend<T>& a, int64_t b, int64_t g, int64_t first, int64_t rows, int64_t begin,
+           int64_t end, int64_t block) const {
+    tiles.load_rows(a, b, g, first, rows);
+    for (int64_t r = 0; r < rows; ++r) tops[r] = kHidden;
+    for (int64_t j = begin; j < end; j += block) {
+      const int64_t n = end - j < block ? end - j : block;
+      tiles.load_keys(a, b, g, j, n);
+      const bool finite = pack_values<T, P>(a, b, g, j, n, whole_panels(n), tiles.values);
+      each_tile<P>(rows, [&](int64_t row, int64_t count) {
+        const int64_t low = a.query_of(first + row), high = a.query_of(first + row + count - 1);
+        if (a.limit(high) > j && a.first(low) < j + n)
+          fold_tile(a, b, g, first, row, count, j, n, finite);
+      });
+    }
+  }
+
+  // The same row by row, from keys and values as they lie.
+  void run_rows(const Attend<T>& a, int64_t b, int64_t g, int64_t rows, int64_t begin,
+                int64_t end) const {
+    float q[kRowwise][kMaxHead + kLanes];
+    for (int64_t r = 0; r < rows; ++r) {
+      const T* from = a.q(b, a.head_of(g, r), a.query_of(r));
+      for (int64_t d = 0; d < a.io.head_dim; d += kLanes)
+        store(mul(load_n(from + d, a.io.head_dim - d), set1(a.io.scale)), q[r] + d);
+      Softmax state{kHidden, 0.0f, tiles.context + r * tiles.context_room};
+      state.clear(pad_lanes(a.io.head_dim));
+      tops[r] = kHidden;
+      tiles.totals[r] = 0.0f;
+    }
+    for (int64_t j = begin; j < end; j += kChunk) {
+      const int64_t stop = end - j < kChunk ? end : j + kChunk;
+      for (int64_t r = 0; r < rows; ++r) fold_row(a, b, g, r, j, stop, q[r]);
+    }
+  }
+
+  void fold_row(const Attend<T>& a, int64_t b, int64_t g, int64_t r, int64_t j, int64_t stop,
+                const float* q) const {
+    const int64_t i = a.query_of(r), h = a.head_of(g, r);
+    const int64_t begin = j < a.first(i) ? a.first(i) : j;
+    const int64_t end = stop > a.limit(i) ? a.limit(i) : stop;
+    if (begin >= end) return;
+    int32_t list[kChunk];
+    float bias[kChunk];
+    const bool masked = a.masked();
+    const int64_t n =
+        masked ? visible_keys<T>(a.mask_of(h), b, i, begin, end, list, bias) : end - begin;
+    if (n == 0) return;
+    Softmax state{tops[r], tiles.totals[r], tiles.context + r * tiles.context_room};
+    fold_chunk(a.k(b, g, begin), a.io.k_strides.token, a.v(b, g, begin), a.io.v_strides.token,
+               n == end - begin ? nullptr : list,
+               a.io.mask.kind == HFF_MASK_ADDITIVE ? bias : nullptr, n, q, a.io.head_dim, &state);
+    tops[r] = state.top;
+    tiles.totals[r] = state.total;
+  }
+};
+
+}  // namespace HFF_ISA
+}  // namespace hff
