@@ -129,8 +129,7 @@ def vit(arguments: argparse.Namespace, missed: list[str]) -> None:
         if dtype == "fp32":
             check(missed, "library: peak at most 3.7 MB", library["peak_bytes"] <= 3.7e6)
     ratios = [eager["kernels"] / found[k]["kernels"] for k in (*others, "fused, native")]
-    # in fp32, where eager casts nothing
-    check(missed, "operators per launch: library 1.55", ratios[0] >= 1.55)
+    check(missed, f"operators per launch, library: {ratios[0]:.2f} of 1.6", ratios[0] >= 1.6)
     check(missed, "operators per launch: 2.0 with regions or native", max(ratios[1:]) >= 2.0)
     if arguments.rounds:
         ours, compiled = (found[k]["seconds"][1] for k in ("fused, native", "model, torch.compile"))
