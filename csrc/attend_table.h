@@ -8,7 +8,7 @@
 
 namespace hff {
 
-enum class Hardware { kScalar, kAvx2, kAvx512, kAvx512Bf16, kAmx, kCount };
+enum class Hardware { kScalar, kAvx2, kAvx512, kAvx512Bf16, kAmx, kGpu, kCount };
 
 struct AttendBlocks {
   int64_t queries, keys;
@@ -24,6 +24,10 @@ struct AttendRow {
 constexpr int64_t kAnyLength = INT64_MAX;
 
 constexpr AttendRow kAttendTable[] = {
+    // GPU, both kernels: a lane has one key of a tile and four rows, so four multiply-adds share a
+    // read of the key; at head size 256 rows and tile take 51 KB, of the 64 KB of an AMD LDS.
+    {HFF_ATTEND_TILED, Hardware::kGpu, HFF_MAX_HEAD_DIM, kAnyLength, {16, 32}},
+    {HFF_ATTEND_FLASH, Hardware::kGpu, HFF_MAX_HEAD_DIM, kAnyLength, {16, 32}},
     // Tiled: the scores of a block of queries, 4 bytes each, are to stay in half of a 1 MB L2.
     {HFF_ATTEND_TILED, Hardware::kCount, HFF_MAX_HEAD_DIM, 1024, {128, 128}},
     {HFF_ATTEND_TILED, Hardware::kCount, HFF_MAX_HEAD_DIM, 2048, {64, 128}},
@@ -35,8 +39,8 @@ constexpr AttendRow kAttendTable[] = {
     {HFF_ATTEND_FLASH, Hardware::kCount, HFF_MAX_HEAD_DIM, kAnyLength, {128, 64}},
 };
 
-HFF_ALWAYS_INLINE AttendBlocks attend_blocks(int32_t kernel, Hardware hardware, int64_t head_dim,
-                                             int64_t keys) {
+HFF_ALWAYS_INLINE constexpr AttendBlocks attend_blocks(int32_t kernel, Hardware hardware,
+                                                       int64_t head_dim, int64_t keys) {
   for (const AttendRow& row : kAttendTable) {
     if (row.kernel == kernel && (row.hardware == hardware || row.hardware == Hardware::kCount) &&
         head_dim <= row.head_dim && keys <= row.keys)
