@@ -14,12 +14,16 @@ CUDA ?= $(if $(shell command -v nvidia-smi),AUTO,OFF)
 WORKERS ?= $(shell nproc | awk '{ print $$1 < 4 ? $$1 : 4 }')
 PYTEST_ARGS ?=
 FUZZ_ARGS ?=
+HIPCC ?= hipcc
+HIP_ARGS ?=
+# wave64, wave64, wave32
+HIP_ARCHITECTURES := gfx908 gfx90a gfx1030
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help venv install demo test sanitize clean distclean FORCE
+.PHONY: help venv install demo test sanitize hip clean distclean FORCE
 
 BIN := $(abspath $(VENV))/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -38,6 +42,7 @@ help:
 	@echo '                (tables, JSON and plots in $(RESULTS))'
 	@echo 'make test       set up .venv, build, run the test suite'
 	@echo 'make sanitize   native cases under address, undefined-behaviour and thread sanitizers'
+	@echo 'make hip        the attention kernels for AMD GPUs, where hipcc is (they are compiled, not run)'
 	@echo 'make venv       .venv with torch; make install: with this package, not editable'
 	@echo 'make clean      remove build/ and caches; make distclean: .venv as well'
 	@echo 'Variables: PYTHON VENV TORCH TORCH_INDEX TRANSFORMERS CUDA WORKERS PYTEST_ARGS FUZZ_ARGS'
@@ -116,6 +121,17 @@ build/address/hff_cases build/thread/hff_cases: FORCE | $(OWN_CMAKE)
 	$(CMAKE) -S . -B $(@D) -DCMAKE_BUILD_TYPE=Release -DHFF_TESTS=ON -DHFF_FAULTS=ON \
 	  -DHFF_SANITIZE=$(SANITIZERS)
 	$(CMAKE) --build $(@D) --parallel $(shell nproc) --target hff_cases hff_port_cases
+
+# The script guesses a platform, and guesses NVIDIA where nvcc is. Contraction off, as elsewhere.
+hip:
+	@if ! command -v $(HIPCC) >/dev/null; then \
+	  echo 'hipcc was not found, nothing is compiled; on Debian and Ubuntu: apt-get install hipcc'; \
+	else \
+	  mkdir -p build/hip && HIP_PLATFORM=amd $(HIPCC) -std=c++17 -O3 -ffp-contract=off -Wall -Wextra \
+	    $(HIP_ARGS) $(addprefix --offload-arch=,$(HIP_ARCHITECTURES)) -Icsrc -x hip \
+	    -c csrc/cuda/attend.cu -o build/hip/attend.o && \
+	  echo 'build/hip/attend.o: attention kernels for $(HIP_ARCHITECTURES)'; \
+	fi
 
 clean:
 	rm -rf build .pytest_cache .hypothesis tests/.pytest_cache tests/.hypothesis

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import native
+from . import native, streams
 from .report import FusionError, Reason
 from .structs import DTYPES
 
@@ -22,13 +22,13 @@ _MASKS = {torch.bool: native.MASK_BOOL, torch.int64: native.MASK_INT64}
 
 
 class Plan(NamedTuple):
-    """How a call runs: queries and keys of a block, 0 where the kernel has none; bytes of scratch of
-    all threads.
+    """How a call runs: queries and keys of a block, 0 where the kernel has none; bytes that it takes
+    beside its tensors.
     """
 
     block_queries: int
     block_keys: int
-    scratch_bytes: int
+    extra_bytes: int
 
 
 def attend(
@@ -46,7 +46,7 @@ def attend(
     """Attention without gradients, (batch, queries, heads, head_dim), contiguous.
 
     query: (batch, heads, queries, head_dim); key, value: (batch, kv_heads, keys, head_dim), heads a
-    multiple of kv_heads; float32, bfloat16 or float16 on the CPU, any strides. mask: broadcastable
+    multiple of kv_heads; float32, bfloat16 or float16, on the CPU or one CUDA device, any strides. mask: broadcastable
     to (batch, heads, queries, keys); bool and int64 say which keys are seen, the query's own dtype is
     added to the scaled score and hides a key at its lowest value or -inf. causal: the last query
     sees all keys, each before it one less; window: of those, the last so many (0: all). scale: None
@@ -55,7 +55,12 @@ def attend(
     Raises FusionError for what no kernel takes.
     """
     call, out, kept = _call(query, key, value, kernel, mask, causal, window, scale, blocks)
-    native.check(native.load().hff_attend(ctypes.byref(call)))
+    with streams.on(query.device):
+        if query.is_cuda:
+            room = query.new_empty(_planned(call).workspace_bytes, dtype=torch.uint8)
+            call.workspace = native.Buffer(room.data_ptr(), room.numel())
+            kept.append(room)
+        native.check(native.load().hff_attend(ctypes.byref(call)))
     del kept
     return out
 
@@ -67,10 +72,17 @@ def plan(query, key, value, **options) -> Plan:
         "blocks": (0, 0), **options,
     }  # fmt: skip
     call, _, kept = _call(query, key, value, **options)
+    found = _planned(call)
+    del kept
+    return Plan(
+        found.block_queries, found.block_keys, found.scratch_bytes + found.workspace_bytes
+    )
+
+
+def _planned(call: native.AttendIo) -> native.AttendPlan:
     found = native.sized(native.AttendPlan)
     native.check(native.load().hff_plan_attend(ctypes.byref(call), ctypes.byref(found)))
-    del kept
-    return Plan(found.block_queries, found.block_keys, found.scratch_bytes)
+    return found
 
 
 def share_threads() -> None:
@@ -83,8 +95,8 @@ def check_operands(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) 
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if type(tensor) is not torch.Tensor and type(tensor) is not torch.nn.Parameter:
             raise FusionError(Reason.TENSOR_TYPE, f"{name} is a {type(tensor).__name__}")
-        if tensor.device.type != "cpu":
-            raise FusionError(Reason.DEVICE, f"{name} is on {tensor.device}, expected the CPU")
+        if tensor.device.type not in native.DEVICES or tensor.device != query.device:
+            raise FusionError(Reason.DEVICE, f"{name} is on {tensor.device}, query on {query.device}")
         if tensor.dtype != query.dtype:
             raise FusionError(Reason.MIXED_DTYPE, f"{name} is {tensor.dtype}, query {query.dtype}")
         if tensor.ndim != 4 or tensor.layout is not torch.strided:
@@ -119,6 +131,8 @@ def _call(query, key, value, kernel, mask, causal, window, scale, blocks):
     call = native.sized(native.AttendIo)
     call.kernel, call.dtype = native.ATTENDS[kernel], DTYPES[query.dtype]
     call.threads, call.causal, call.window = torch.get_num_threads(), causal, window
+    call.device, call.ordinal = native.DEVICES[query.device.type], query.device.index or 0
+    call.stream = streams.current(query.device)
     call.batch, call.heads, call.kv_heads, call.head_dim = batch, heads, key.shape[1], dim
     call.queries, call.keys = queries, keys
     kept = [_dense(tensor) for tensor in (query, key, value)]
@@ -128,7 +142,7 @@ def _call(query, key, value, kernel, mask, causal, window, scale, blocks):
     rows = out.transpose(1, 2)
     call.out, call.out_strides = _buffer(rows), native.Strides(*rows.stride()[:3])
     if mask is not None:
-        kept.append(_give_mask(call, mask, query.dtype, (batch, heads, queries, keys)))
+        kept.append(_give_mask(call, mask, query, (batch, heads, queries, keys)))
     call.scale = dim**-0.5 if scale is None else scale
     call.block_queries, call.block_keys = blocks
     return call, out, kept
@@ -145,10 +159,12 @@ def _buffer(tensor: torch.Tensor) -> native.Buffer:
     return native.Buffer(tensor.data_ptr(), (last + 1) * tensor.element_size())
 
 
-def _give_mask(call, mask, dtype, shape) -> torch.Tensor:
-    if mask.device.type != "cpu" or (mask.dtype != dtype and mask.dtype not in _MASKS):
+def _give_mask(call, mask, query, shape) -> torch.Tensor:
+    if mask.device != query.device or mask.dtype not in (*_MASKS, query.dtype):
         raise FusionError(
-            Reason.MASK, f"mask is {mask.dtype} on {mask.device}, expected bool, int64 or {dtype}"
+            Reason.MASK,
+            f"mask is {mask.dtype} on {mask.device}, expected bool, int64 or {query.dtype} on "
+            f"{query.device}",
         )
     try:
         mask = mask.expand(shape)

@@ -25,7 +25,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from .attend import attend, check_operands, share_threads
-from .guard import check_environment
+from .guard import check_autocast, check_environment
 from .report import FusionError, Reason, Stats
 
 IMPLEMENTATIONS = {"hf_fusion": "flash", "hf_fusion_tiled": "tiled", "hf_fusion_naive": "naive"}
@@ -54,7 +54,8 @@ def register_attention(strict: bool = False) -> tuple[str, ...]:
 
     They then go into `set_attn_implementation` of any model that follows transformers' attention
     interface: self and cross attention, grouped heads, padding, sliding windows, position biases,
-    caches. Attention runs on the CPU, without gradients. Calls that the kernels do not take run in
+    caches. Attention runs without gradients, on the CPU and, where this build has them, on CUDA
+    devices. Calls that the kernels do not take run in
     transformers' sdpa function and are counted (`attention_stats`); the first of each reason warns.
     Those are: dropout above 0, gradients, other devices and dtypes, autocast, tensor subclasses,
     torch modes, tracing and compiling, head sizes above 256 or other for values, attention weights
@@ -139,6 +140,7 @@ def _check(query, key, value, mask, dropout, kwargs) -> None:
     if dropout:
         raise FusionError(Reason.TRAINING, f"dropout of {dropout} is applied")
     check_environment()
+    check_autocast(query.device)
     bias = kwargs.get("position_bias")
     tensors = [tensor for tensor in (query, key, value, mask, bias) if tensor is not None]
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):

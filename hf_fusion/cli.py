@@ -1,4 +1,4 @@
-"""The command `hf-fusion`: info, ablate, perplexity, bench and graph, thin over the packages.
+"""The command `hf-fusion`: info, ablate, perplexity, bench, attention and graph, thin over the packages.
 
 Exit codes: 0, every number has its verdict; 1, one has not; 2, a value is not accepted (one line
 says which).
@@ -21,6 +21,9 @@ from hf_fusion.transform import command as graph
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; `argv` None means the process's own arguments. Returns the exit code."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv[:2] == ["bench", "attention"]:  # a bench of another kind, with options of its own
+        argv[:2] = ["attention"]
     return dispatch(build_parser(), argv)
 
 
@@ -51,6 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
         ("perplexity", options.add_perplexity, _perplexity, "perplexity of rungs against stock"),
         ("bench", options.add_bench, _bench, "decoding, encoders and prompts for many shapes"),
         ("graph", graph.add, graph.run, "fuse a model's graph, measure it, draw it"),
+        ("attention", options.add_attention, _attention, "attention kernels: bench attention"),
     ):
         command = commands.add_parser(name, help=note)
         add(command)
@@ -110,6 +114,30 @@ def _bench(arguments: argparse.Namespace) -> int:
     settings = replace(_timing_settings(arguments, (inputs.STOCK, "full")), batch=arguments.batch)
     with contenders.matmul_precision(arguments.matmul_precision):
         return report(harness.run_bench(arguments.cases, settings), arguments)
+
+
+def _attention(arguments: argparse.Namespace) -> int:
+    options.check_outputs(arguments)
+    if arguments.tune and arguments.plot:
+        raise inputs.InputError("--tune has no picture: expected no --plot")
+    settings = harness.AttentionSettings(
+        lengths=arguments.lengths,
+        head_dims=arguments.head_dims,
+        dtypes=tuple(arguments.dtypes),
+        contenders=tuple(arguments.contenders),
+        heads=arguments.heads,
+        batch=arguments.batch,
+        causal=arguments.causal,
+        context=arguments.context,
+        decode_heads=arguments.decode_heads,
+        most_bytes=arguments.most_memory << 20,
+        memory=arguments.memory,
+        rounds=arguments.rounds,
+        threads=arguments.threads,
+        seed=arguments.seed,
+    )
+    run = harness.run_tune if arguments.tune else harness.run_attention
+    return report(run(settings), arguments)
 
 
 def ablation_settings(arguments: argparse.Namespace, rungs: Sequence[str]) -> harness.Settings:

@@ -50,10 +50,12 @@ def nvcc(*arguments: str) -> str:
     if compiler is None:
         pytest.skip("no nvcc to compile csrc/cuda/port_cuda.h with")
     source = str(ROOT / "tests/native/port_primitives.cu")
+    if arguments and arguments[-1].endswith(".cu"):
+        *arguments, source = arguments
     command = [compiler, "-std=c++17", f"-I{ROOT / 'csrc'}", *arguments, source]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and "warning" not in done.stderr, done.stderr[-4000:]
-    return done.stdout
+    return done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("watchdog", [False, True], ids=["plain", "watchdog"])
@@ -68,3 +70,29 @@ def test_primitives_become_their_instructions(tmp_path):
     nvcc("-arch=sm_90", "-ptx", "-o", str(tmp_path / "port.ptx"))
     ptx = (tmp_path / "port.ptx").read_text()
     assert [i for i in INSTRUCTIONS if i not in ptx] == []
+
+
+def test_attention_kernels_compile_without_spills(tmp_path):
+    report = nvcc(
+        "-O3", "-arch=sm_90a", "-Xptxas=-v,-warn-spills,-warn-lmem-usage", "-c",
+        "-o", str(tmp_path / "attend.o"), str(ROOT / "csrc/cuda/attend.cu"),
+    )  # fmt: skip
+    assert len(re.findall(r"Compiling entry function", report)) == 27  # 3 dtypes, 1 + 2 * 4 kernels
+    assert set(re.findall(r"(\d+) bytes spill stores", report)) == {"0"}
+    assert set(re.findall(r"(\d+) bytes stack frame", report)) == {"0"}
+
+
+def test_make_hip_compiles_the_attention_kernels_or_says_that_it_cannot():
+    """HIP 5.2, wave64 and wave32; what runs them is the fibers above."""
+    make = [tool("make") or "make", "-C", str(ROOT), "--no-print-directory", "hip"]
+    absent = subprocess.run([*make, "HIPCC=no-such-hipcc"], capture_output=True, text=True)
+    assert absent.returncode == 0 and "nothing is compiled" in absent.stdout
+    if tool("hipcc") is None:
+        pytest.skip("no hipcc to compile csrc/cuda/port_hip.h with")
+    done = subprocess.run(
+        [*make, "HIP_ARGS=-Rpass-analysis=kernel-resource-usage"], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0 and "warning" not in done.stderr, done.stderr[-4000:]
+    assert "gfx908 gfx90a gfx1030" in done.stdout
+    spills = re.findall(r"(?:[SV]GPRs Spill|ScratchSize \[bytes/lane\]): (\d+)", done.stderr)
+    assert len(spills) == 3 * 27 * 3 and set(spills) == {"0"}

@@ -12,6 +12,9 @@ namespace hff {
 // The calling thread's block, at least `bytes` long, 64-byte aligned; null when it cannot be had.
 // Counted for faults.
 void* thread_scratch(int64_t bytes);
+// Gives the calling thread's block back where it is longer than `most`: what one call of a kernel
+// that stores all scores has taken is not kept for ever.
+void trim_thread_scratch(int64_t most);
 
 // First pass (base null): adds up. Second pass: hands out. Both run the same code, so they cannot
 // disagree.

@@ -15,6 +15,8 @@ constexpr Hardware kHardware = Hardware::kAvx2;
 constexpr Hardware kHardware = Hardware::kScalar;
 #endif
 
+constexpr int64_t kKeptScratch = 64 << 20;
+
 // The caller's blocks, or the table's; no more queries than there are, and whole panels of keys.
 static AttendBlocks blocks_for(const hff_attend_io& io) {
   AttendBlocks blocks = attend_blocks(io.kernel, kHardware, io.head_dim, io.keys);
@@ -185,7 +187,9 @@ static hff_status attend_call(const hff_attend_io& io) {
   return with_attend_run<T>(io, [](auto& run) {
     if (!with_scratch([&](Arena* arena) { run.carve(arena); }))
       return fail(HFF_OUT_OF_MEMORY, "no memory for the scratch of an attention");
-    return run.run();
+    const hff_status status = run.run();
+    trim_thread_scratch(kKeptScratch);
+    return status;
   });
 }
 

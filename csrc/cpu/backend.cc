@@ -154,6 +154,13 @@ void* thread_scratch(int64_t bytes) {
   return base;
 }
 
+void trim_thread_scratch(int64_t most) {
+  if (t_scratch.bytes <= most) return;
+  std::free(t_scratch.base);
+  t_scratch.base = nullptr;
+  t_scratch.bytes = 0;
+}
+
 // Every HFF_SAMPLED_ROWS-th row by one line of it, each word mixed by a multiplication.
 uint64_t fingerprint(const hff_linear& l, int64_t size, int64_t phase, uint64_t sum) {
   constexpr int64_t kLine = 64;

@@ -4,6 +4,7 @@
 #include <cstring>
 #include <mutex>
 
+#include "cuda/attend.h"
 #include "cuda/device.h"
 #include "cuda/kernels.h"
 #include "cuda/plan.h"
@@ -316,8 +317,9 @@ int64_t workspace_bytes(const hff_call& call, const hff_model& model) {
   return bytes;
 }
 
-const Backend kBackend = {model_forward, block_forward, nullptr, nullptr,         nullptr, nullptr,
-                          nullptr,       nullptr,       nullptr, workspace_bytes, nullptr, nullptr};
+const Backend kBackend = {model_forward, block_forward,   nullptr, nullptr,
+                          nullptr,       nullptr,         nullptr, nullptr,
+                          nullptr,       workspace_bytes, attend,  plan_attend};
 
 }  // namespace
 }  // namespace cuda

@@ -10,6 +10,7 @@
 #pragma once
 
 #include "cuda/program.h"
+#include "cuda/warp.cuh"
 
 namespace hff {
 namespace cuda {
@@ -24,19 +25,6 @@ struct Group {
   HFF_DEVICE int warps() const { return count / 32; }
   HFF_DEVICE void sync() const { port::sync_named(id, count); }
 };
-
-HFF_DEVICE float warp_sum(float v) {
-  for (int mask = 16; mask > 0; mask /= 2) v += port::warp_xor(v, mask);
-  return v;
-}
-
-// NaN where either is
-HFF_DEVICE float larger(float a, float b) { return a > b || a != a ? a : b; }
-
-HFF_DEVICE float warp_max(float v) {
-  for (int mask = 16; mask > 0; mask /= 2) v = larger(v, port::warp_xor(v, mask));
-  return v;
-}
 
 // Element i of row b of a layer's input; NaN for an id outside the vocabulary.
 template <class T>

@@ -1,7 +1,8 @@
 // What a kernel may use of the machine it runs on: the names of hff::port below, plain C++17, plain
 // loads and stores. The same kernel source is compiled by nvcc (port_cuda.h: PTX and intrinsics)
 // and, with HFF_PORT_HOST, by the host compiler (port_host.h: each thread of the grid is a fiber
-// under the seeded adversarial scheduler of host_fibers.h).
+// under the seeded adversarial scheduler of host_fibers.h); what keeps to the names that port_hip.h
+// has, by hipcc too.
 //
 // A kernel takes one parameter struct; blocks and grids have one dimension, blocks hold a multiple
 // of 32 threads:
@@ -77,6 +78,8 @@
 
 #if defined(HFF_PORT_HOST)
 #include "cuda/port_host.h"
+#elif defined(__HIP__)
+#include "cuda/port_hip.h"
 #else
 #include "cuda/port_cuda.h"
 #endif

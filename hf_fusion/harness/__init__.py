@@ -5,6 +5,8 @@ print(run_ablation(Settings(model="pythia-70m", dtype="bf16")).markdown())
 """
 
 from .ablation import AblationResult, Row, Settings, run_ablation
+from .attention_study import AttentionResult, AttentionSettings, run_attention
+from .attention_tune import TuneResult, run_tune
 from .encoders import ENCODER_SHAPES
 from .inputs import RUNGS, InputError
 from .models import PYTHIA_SHAPES, LoadedModel, load_model
@@ -16,6 +18,8 @@ from .work_result import WorkItem, WorkResult, WorkRow
 
 __all__ = [
     "AblationResult",
+    "AttentionResult",
+    "AttentionSettings",
     "BenchResult",
     "ENCODER_SHAPES",
     "InputError",
@@ -28,16 +32,19 @@ __all__ = [
     "Row",
     "Settings",
     "SweepResult",
+    "TuneResult",
     "WorkItem",
     "WorkResult",
     "WorkRow",
     "WorkSettings",
     "load_model",
     "run_ablation",
+    "run_attention",
     "run_batch_sweep",
     "run_bench",
     "run_context_sweep",
     "run_perplexity",
+    "run_tune",
     "run_work",
     "write",
 ]

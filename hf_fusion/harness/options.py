@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
-from . import contenders, inputs, models, peers, perplexity, plots, timing, work_options
+from . import attention_study, contenders, inputs, models, peers, perplexity, plots, timing, work_options
 
 _RUNGS = f"of {', '.join(inputs.RUNGS)}"
 _SHAPES = ", ".join(models.PYTHIA_SHAPES)
@@ -75,6 +75,7 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
         "Encoders and prompts: rungs and other engines per model, batch and length, with the "
         "share of the measured multiply-add peak."
     )
+    parser.epilog = "`hf-fusion bench attention` times attention alone and has options of its own."
     note = "; ".join(f"{work}: {' '.join(cases)}" for work, cases in work_options.CASES.items())
     parser.add_argument("cases", nargs="*", metavar="MODEL:DTYPE", help=f"default for {note}")
     works = tuple(work_options.CASES)
@@ -105,6 +106,44 @@ def _add_work(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--matmul-precision", default=None, metavar="NAME", help=note)
     note = "encode and prefill: also peak memory, each contender in a process of its own"
     parser.add_argument("--memory", action="store_true", help=note)
+
+
+def add_attention(parser: argparse.ArgumentParser) -> None:
+    """The options of a study of the attention kernels."""
+    known = attention_study.AttentionSettings()
+    parser.description = (
+        "Attention alone: naive, tiled and flash beside torch's own over lengths, then decode "
+        "steps with all, a quarter and one of the key heads. --tune measures the block sizes."
+    )
+    for option, values, note in (
+        ("--lengths", known.lengths, "tokens"),
+        ("--head-dims", known.head_dims, "head sizes"),
+    ):
+        note += f" (default {','.join(map(str, values))})"
+        parser.add_argument(option, type=_integers, default=values, metavar="N,N", help=note)
+    note = f"{', '.join(inputs.DTYPES)} (default {','.join(known.dtypes)})"
+    parser.add_argument(
+        "--dtypes", type=inputs.words, default=known.dtypes, metavar="A,B", help=note
+    )
+    note = f"of {', '.join(known.contenders)} (default all); sdpa is the yardstick"
+    parser.add_argument(
+        "--contenders", type=inputs.words, default=known.contenders, metavar="A,B", help=note
+    )
+    _add_count(parser, "--heads", known.heads, "query and key heads of the lengths")
+    _add_count(parser, "--batch", known.batch, "sequences")
+    parser.add_argument("--causal", action="store_true", help="each query sees its past only")
+    _add_count(parser, "--context", known.context, "tokens of a decode step's cache, 0 for none", 0)
+    _add_count(parser, "--decode-heads", known.decode_heads, "query heads of a decode step")
+    note = "MiB beside its operands that a contender may need, else it is left out"
+    _add_count(parser, "--most-memory", known.most_bytes >> 20, note)
+    note = "also measure peak memory, each contender in a process of its own"
+    parser.add_argument("--memory", action="store_true", help=note)
+    note = "time block sizes of the tiled and flash kernels in place of the study"
+    parser.add_argument("--tune", action="store_true", help=note)
+    _add_count(parser, "--rounds", known.rounds, "rounds after the one that warms up")
+    _add_count(parser, "--threads", None, "threads (default torch's own choice)")
+    _add_count(parser, "--seed", known.seed, "of the operands", 0)
+    _add_outputs(parser, picture=True)
 
 
 def add_info(parser: argparse.ArgumentParser) -> None:

@@ -20,7 +20,9 @@ def median_ms(row: Row | None) -> float | None:
 
 
 def picture(result: Any, path: Path) -> None:
-    """Bars for an ablation, lines for a sweep, grouped bars for a bench, both for `work`."""
+    """Bars for an ablation, lines for a sweep and for attention, grouped bars for a bench, both for
+    `work`.
+    """
     try:
         import matplotlib
     except ImportError:
@@ -31,10 +33,11 @@ def picture(result: Any, path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4.2), layout="constrained")
-    if result.to_dict()["kind"] == "work":
+    if result.to_dict()["kind"] in ("work", "attention"):
+        from .attention_view import draw_attention
         from .work_view import draw_work
 
-        draw_work(figure, result)
+        (draw_work if result.to_dict()["kind"] == "work" else draw_attention)(figure, result)
         figure.savefig(path, dpi=150)
         return
     axes = figure.add_subplot()
@@ -43,7 +46,7 @@ def picture(result: Any, path: Path) -> None:
     )
     if draw is None:
         raise InputError(
-            "this result has no picture: accepted are ablation, sweep and bench results"
+            "this result has no picture: accepted are ablation, sweep, bench and attention results"
         )
     draw(axes, result)
     axes.spines[["top", "right"]].set_visible(False)

@@ -23,11 +23,12 @@ struct PortCase {
 };
 constexpr const char* kOtherBits = "other bits";
 
-const std::vector<PortCase>& block_cases();  // block, warp and cluster
-const std::vector<PortCase>& ring_cases();   // copies and their barriers
-const std::vector<PortCase>& grid_cases();   // between blocks
-std::string check_numbers();                 // "" or what is wrong with the conversions
-std::string check_launches();                // what a launch refuses, and replay
+const std::vector<PortCase>& block_cases();   // block, warp and cluster
+const std::vector<PortCase>& ring_cases();    // copies and their barriers
+const std::vector<PortCase>& grid_cases();    // between blocks
+const std::vector<PortCase>& attend_cases();  // the attention kernels by themselves
+std::string check_numbers();                  // "" or what is wrong with the conversions
+std::string check_launches();                 // what a launch refuses, and replay
 
 // Numbers whose sum depends on the order in which they are added.
 inline std::vector<float> scattered(size_t count, uint64_t seed) {

@@ -95,7 +95,7 @@ bool run_wrong(const PortCase& c, const Run& run) {
 
 int run_all(const Run& run) {
   int cases = 0, right = 0, failures = 0;
-  for (const auto* list : {&block_cases(), &ring_cases(), &grid_cases()}) {
+  for (const auto* list : {&block_cases(), &ring_cases(), &grid_cases(), &attend_cases()}) {
     for (const PortCase& c : *list) {
       if (std::string(c.name).find(run.only) == std::string::npos) continue;
       ++cases, right += c.symptom == nullptr ? 1 : 0;
