@@ -42,7 +42,7 @@ help:
 	@echo '                (tables, JSON and plots in $(RESULTS))'
 	@echo 'make test       set up .venv, build, run the test suite'
 	@echo 'make sanitize   native cases under address, undefined-behaviour and thread sanitizers'
-	@echo 'make hip        the attention kernels for AMD GPUs, where hipcc is (they are compiled, not run)'
+	@echo 'make hip        the attention kernels for AMD GPUs, where hipcc is: compiled, not run'
 	@echo 'make venv       .venv with torch; make install: with this package, not editable'
 	@echo 'make clean      remove build/ and caches; make distclean: .venv as well'
 	@echo 'Variables: PYTHON VENV TORCH TORCH_INDEX TRANSFORMERS CUDA WORKERS PYTEST_ARGS FUZZ_ARGS'

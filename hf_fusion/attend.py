@@ -22,8 +22,8 @@ _MASKS = {torch.bool: native.MASK_BOOL, torch.int64: native.MASK_INT64}
 
 
 class Plan(NamedTuple):
-    """How a call runs: queries and keys of a block, 0 where the kernel has none; bytes that it takes
-    beside its tensors.
+    """How a call runs: queries and keys of a block, 0 where the kernel has none; bytes that it
+    takes beside its tensors.
     """
 
     block_queries: int
@@ -46,12 +46,12 @@ def attend(
     """Attention without gradients, (batch, queries, heads, head_dim), contiguous.
 
     query: (batch, heads, queries, head_dim); key, value: (batch, kv_heads, keys, head_dim), heads a
-    multiple of kv_heads; float32, bfloat16 or float16, on the CPU or one CUDA device, any strides. mask: broadcastable
-    to (batch, heads, queries, keys); bool and int64 say which keys are seen, the query's own dtype is
-    added to the scaled score and hides a key at its lowest value or -inf. causal: the last query
-    sees all keys, each before it one less; window: of those, the last so many (0: all). scale: None
-    is head_dim ** -0.5. blocks: queries and keys of a block, 0 for the table's. A query that sees
-    nothing gives zeros.
+    multiple of kv_heads; float32, bfloat16 or float16, on the CPU or one CUDA device, any strides.
+    mask: broadcastable to (batch, heads, queries, keys); bool and int64 say which keys are seen,
+    the query's own dtype is added to the scaled score and hides a key at its lowest value or -inf.
+    causal: the last query sees all keys, each before it one less; window: of those, the last so
+    many (0: all). scale: None is head_dim ** -0.5. blocks: queries and keys of a block, 0 for the
+    table's. A query that sees nothing gives zeros.
     Raises FusionError for what no kernel takes.
     """
     call, out, kept = _call(query, key, value, kernel, mask, causal, window, scale, blocks)
@@ -96,7 +96,9 @@ def check_operands(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) 
         if type(tensor) is not torch.Tensor and type(tensor) is not torch.nn.Parameter:
             raise FusionError(Reason.TENSOR_TYPE, f"{name} is a {type(tensor).__name__}")
         if tensor.device.type not in native.DEVICES or tensor.device != query.device:
-            raise FusionError(Reason.DEVICE, f"{name} is on {tensor.device}, query on {query.device}")
+            raise FusionError(
+                Reason.DEVICE, f"{name} is on {tensor.device}, the query on {query.device}"
+            )
         if tensor.dtype != query.dtype:
             raise FusionError(Reason.MIXED_DTYPE, f"{name} is {tensor.dtype}, query {query.dtype}")
         if tensor.ndim != 4 or tensor.layout is not torch.strided:
@@ -104,7 +106,9 @@ def check_operands(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) 
         if tensor.numel() == 0:
             raise FusionError(Reason.EMPTY_INPUT, f"{name} has shape {tuple(tensor.shape)}")
     if query.dtype not in DTYPES:
-        raise FusionError(Reason.DTYPE, f"query is {query.dtype}, expected float32, bfloat16, float16")
+        raise FusionError(
+            Reason.DTYPE, f"query is {query.dtype}, expected float32, bfloat16 or float16"
+        )
     if key.shape != value.shape or key.shape[3] != query.shape[3] or (
         key.shape[0] != query.shape[0] or query.shape[1] % key.shape[1]
     ):

@@ -40,7 +40,7 @@ _UNREAD = {
 
 
 class AttentionStats(Stats):
-    """Counters of a model's attention layers: calls by kernel, and calls that ran in sdpa by reason."""
+    """Counters of a model's attention layers: calls by kernel, calls that ran in sdpa by reason."""
 
     LEVELS = tuple(IMPLEMENTATIONS.values())
 

@@ -90,8 +90,9 @@ def test_make_hip_compiles_the_attention_kernels_or_says_that_it_cannot():
     if tool("hipcc") is None:
         pytest.skip("no hipcc to compile csrc/cuda/port_hip.h with")
     done = subprocess.run(
-        [*make, "HIP_ARGS=-Rpass-analysis=kernel-resource-usage"], capture_output=True, text=True, timeout=300
-    )
+        [*make, "HIP_ARGS=-Rpass-analysis=kernel-resource-usage"],
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
     assert done.returncode == 0 and "warning" not in done.stderr, done.stderr[-4000:]
     assert "gfx908 gfx90a gfx1030" in done.stdout
     spills = re.findall(r"(?:[SV]GPRs Spill|ScratchSize \[bytes/lane\]): (\d+)", done.stderr)

@@ -5,10 +5,10 @@
 // Work split: a unit is (batch row, k/v head, block of rows, split of keys), blocks with most keys
 //   first under causality. It packs a block of keys and values as panels (pack-inl.h), then takes
 //   its rows in tiles of registers (gemm-inl.h): scores, weights and product of a tile stay in L1.
-//   Up to kSplitRows rows of a k/v head are split over keys, kSplit at a time: the size is fixed, so
-//   no bit depends on threads or batch; the splits' results are merged in their order.
-//   Up to kRowwise rows (decode) take keys and values as they lie, row by row (attention-inl.h): in
-//   a group all heads read a chunk while it is in L1.
+//   Up to kSplitRows rows of a k/v head are split over keys, kSplit at a time: the size is fixed,
+//   so no bit depends on threads or batch; the splits' results are merged in their order. Up to
+//   kRowwise rows (decode) take keys and values as they lie, row by row (attention-inl.h): in a
+//   group all heads read a chunk while it is in L1.
 // Scratch per thread: queries and context of a block, panels of a block of keys; no term grows with
 //   queries or keys but the splits' results.
 // Bytes: K and V once per block of rows, or once per decode. Bound: multiply-adds; decode: the read

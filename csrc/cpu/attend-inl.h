@@ -2,10 +2,10 @@
 // row.
 //   out = softmax(scale q k^T + mask) v per query head, heads sharing k and v in groups
 // q, k, v, out: (batch, heads, tokens, head_dim) with any strides but head_dim's. A row is a query
-//   of a head; the rows of one k/v head are numbered query by query, its heads side by side, so that
-//   a block of rows shares keys and ends at about one causal limit.
-// Hidden keys: their score is replaced by -inf, not biased, and their value is left out of sums, not
-//   multiplied by zero: nothing behind a mask leaks, NaN included. Nothing visible gives zeros.
+//   of a head; the rows of one k/v head are numbered query by query, its heads side by side, so
+//   that a block of rows shares keys and ends at about one causal limit.
+// Hidden keys: their score is replaced by -inf, not biased, and their value is left out of sums,
+//   not multiplied by zero: nothing behind a mask leaks, NaN included. Nothing visible gives zeros.
 // Rounding: q, k, v as they are, in bf16 products where the instruction set has them (pack-inl.h);
 //   scores, softmax and sums fp32; with bf16 products, weights are rounded to bf16 before they are
 //   normalised, context once at the store.
@@ -122,8 +122,8 @@ static bool all_hidden(const float* scores, int64_t n) {
   return true;
 }
 
-// out = exp(score - the largest) of n biased scores, whole vectors; returns the sum, 0 where all are
-// hidden.
+// out = exp(score - the largest) of n biased scores, whole vectors; returns the sum, 0 where all
+// are hidden.
 template <class W>
 static float soften_row(const float* scores, int64_t n, W* out) {
   F top = set1(kHidden), total = zero();
@@ -141,7 +141,8 @@ static float soften_row(const float* scores, int64_t n, W* out) {
   return sum(total);
 }
 
-// context[0, dim) += sum of weights[u] times the value of key j + u of (b, g), hidden keys left out.
+// context[0, dim) += sum of weights[u] times the value of key j + u of (b, g), hidden keys left
+// out.
 template <class T, class W>
 static void add_seen_values(const Attend<T>& a, int64_t b, int64_t g, int64_t j, int64_t n,
                             const W* weights, const float* bias, float* context) {
@@ -181,8 +182,8 @@ HFF_INLINE void store_step(const F* rows, typename P::Element* out) {
   }
 }
 
-// Values of keys [j, j + n) of (b, g) as panels of kPanel dims by n keys, rows past the n-th zero up
-// to `padded`. Returns whether every value is finite.
+// Values of keys [j, j + n) of (b, g) as panels of kPanel dims by n keys, rows past the n-th zero
+// up to `padded`. Returns whether every value is finite.
 template <class T, class P>
 static bool pack_values(const Attend<T>& a, int64_t b, int64_t g, int64_t j, int64_t n,
                         int64_t padded, typename P::Element* out) {

@@ -63,7 +63,8 @@ struct AttendTiles {
       pack_panel<T, P>(rows, p, keys + p * panel_elements<P>(rows.cols));
   }
 
-  // context of `rows` rows from `row` on = decay[r] context + weights values; n whole panels of keys.
+  // context of `rows` rows from `row` on = decay[r] context + weights values; n whole panels of
+  // keys.
   HFF_ALWAYS_INLINE void add_values(int64_t row, int64_t rows, const Input* weights, int64_t stride,
                                     int64_t n, const float* decay) const {
     alignas(64) float product[kMaxTileRows * kPanel];

@@ -1,5 +1,5 @@
-// A call of the attention kernels by themselves, as the device sees it: operands, which keys a query
-// sees, and the reductions of a block.
+// A call of the attention kernels by themselves, as the device sees it: operands, and which keys a
+// query sees.
 //   out = softmax(scale q k^T + mask) v per query head, heads sharing k and v in groups
 // These kernels use no more of port.h than every back end has, HIP 5.2 included: block barriers,
 // warp_xor within 32 lanes, one arena. Products are fp32 multiply-adds: port.h has no matrix

@@ -1,12 +1,12 @@
 // Tiled attention: the three steps of the naive kernel for a block of rows, operands through tiles
 // of shared memory; scores still in global memory.
 //   S = scale q k^T + mask;  P = exp(S - max S);  out = P v / sum P
-// Work split: a block takes kBlockRows rows of a k/v head; in a tile, a lane has one key (scores) or
-//   every 32nd dim (context), a warp every kAttendWarps-th row. A block barrier on both sides of a
-//   tile's use.
+// Work split: a block takes kBlockRows rows of a k/v head; in a tile, a lane has one key (scores)
+//   or every 32nd dim (context), a warp every kAttendWarps-th row. A block barrier on both sides of
+//   a tile's use.
 // Shared memory: rows of q, one tile of keys or values, and weights of a tile, fp32, each row one
-//   word longer than it is wide: 32 lanes at one column of 32 rows then read 32 banks. 51 KB at head
-//   size 256: the 64 KB of an AMD LDS hold it, and cannot be exceeded.
+//   word longer than it is wide: 32 lanes at one column of 32 rows then read 32 banks. 51 KB at
+//   head size 256: the 64 KB of an AMD LDS hold it, and cannot be exceeded.
 // Bytes: K and V once per kBlockRows rows; S written once, read twice, written again.
 // Bound: shared memory reads, one and a quarter per multiply-add at four rows a lane.
 #pragma once

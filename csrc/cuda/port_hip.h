@@ -1,6 +1,6 @@
 // The part of port.h that HIP 5.2 has: attention kernels by themselves (attend_*.cuh) use no more.
-// No clusters, barriers in shared memory, asynchronous copies, or words between blocks; kernels that
-// name them do not compile here.
+// No clusters, barriers in shared memory, asynchronous copies, or words between blocks; kernels
+// that name them do not compile here.
 // A warp is 32 lanes on every device: on wave64 (gfx908, gfx90a) two of them share a wave, and
 // warp_xor with masks below 32 stays inside each. HIP 5.2 has no __shfl_xor_sync, whose name later
 // versions give to 64-bit masks.

@@ -5,7 +5,8 @@ print(run_ablation(Settings(model="pythia-70m", dtype="bf16")).markdown())
 """
 
 from .ablation import AblationResult, Row, Settings, run_ablation
-from .attention_study import AttentionResult, AttentionSettings, run_attention
+from .attention_result import AttentionResult
+from .attention_study import AttentionSettings, run_attention
 from .attention_tune import TuneResult, run_tune
 from .encoders import ENCODER_SHAPES
 from .inputs import RUNGS, InputError

@@ -1,5 +1,5 @@
-"""Measures the table of attention blocks (csrc/attend_table.h) again: every candidate beside the one
-that the table chooses.
+"""Measures the table of attention blocks (csrc/attend_table.h) again: every candidate beside the
+one that the table chooses.
 """
 
 from __future__ import annotations

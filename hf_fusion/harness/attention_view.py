@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 from hf_fusion.attend import KERNELS
 
-from .attention_study import GROUPS, LAYERS, TORCH
+from .attention_result import TORCH
+from .attention_study import GROUPS, LAYERS
 from .machine import describe
 from .render import command_line, figure, table
 
 if TYPE_CHECKING:
-    from .attention_study import AttentionPoint, AttentionResult, AttentionRow
+    from .attention_result import AttentionPoint, AttentionResult, AttentionRow
     from .attention_tune import TuneResult
 
 _COLORS = {
@@ -175,7 +176,8 @@ def tune_markdown(result: TuneResult) -> str:
     ]  # fmt: skip
     return "\n".join([
         f"Blocks of queries x keys on {result.environment['isa']}, {result.settings.rounds} "
-        f"interleaved rounds; a row of csrc/attend_table.h holds within {result.tolerance - 1:.0%}.",
+        f"interleaved rounds; a row of csrc/attend_table.h holds within "
+        f"{result.tolerance - 1:.0%}.",
         "",
         table(header, body),
         "",
