@@ -1,8 +1,9 @@
 """Who runs a group: a table of back ends, asked in the order of their priority.
 
-"aten": library operators; projections side by side as one packed product, attention through
-scaled_dot_product_attention, elementwise work over memory that is no longer read. "eager": the
-group's own nodes, always possible; a group that nobody else takes is counted as not fused.
+"aten": library operators; projections side by side as one packed product, a projection with its
+activation as one of oneDNN's, attention through scaled_dot_product_attention, elementwise work over
+memory that is no longer read. "eager": the group's own nodes, always possible; a group that nobody
+else takes is counted as not fused.
 """
 
 from __future__ import annotations
@@ -12,12 +13,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import gelu, linear
+from torch.nn.functional import gelu
 
-from .attention import projection_input
 from .explicit import put_together
 from .groups import CORE, ELEMENTWISE, EPILOGUE, GLU, NORM_RESIDUAL, PARALLEL, ROPE, FusionGroup
-from .nodes import name_of
+from .linears import PointwiseLinear, activated_linear, packable, packed_projections, pointwise
 from .site import Site, fresh_results, reuse_memory
 
 EAGER = "eager"
@@ -76,41 +76,6 @@ def chosen(names: tuple[str, ...] | None) -> list[Backend]:
     return [b for b in known if b.always and b.name not in order] + [_BACKENDS[n] for n in order]
 
 
-class PackedLinear(nn.Module):
-    """Several projections of one input as one product; results are views of its columns.
-
-    `parts` are the rows of `weight` that belong to each projection, as views.
-    """
-
-    def __init__(self, weights: list[Tensor], biases: list[Tensor | None]):
-        super().__init__()
-        self.widths = [weight.shape[0] for weight in weights]
-        self.weight = nn.Parameter(torch.cat([w.detach() for w in weights]), requires_grad=False)
-        self.bias = None
-        if any(bias is not None for bias in biases):
-            filled = [
-                weight.new_zeros(weight.shape[0]) if bias is None else bias.detach()
-                for weight, bias in zip(weights, biases, strict=True)
-            ]
-            self.bias = nn.Parameter(torch.cat(filled), requires_grad=False)
-        self.fresh_results = (True,) * len(weights)
-
-    @property
-    def packed_bytes(self) -> int:
-        """Bytes of the packed weight and bias."""
-        return self.weight.nbytes + (self.bias.nbytes if self.bias is not None else 0)
-
-    def parts(self) -> list[tuple[Tensor, Tensor | None]]:
-        """(weight, bias) of each projection, as views of the packed ones."""
-        weights = self.weight.detach().split(self.widths)
-        biases = self.bias.detach().split(self.widths) if self.bias is not None else None
-        return [(w, biases[i] if biases is not None else None) for i, w in enumerate(weights)]
-
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """One (..., width) per projection."""
-        return linear(x, self.weight, self.bias).split(self.widths, dim=-1)
-
-
 class Rotary(nn.Module):
     """x cos + rotate_half(x) sin in three operators, two of them in place."""
 
@@ -133,37 +98,6 @@ class GeluTanh(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x of any shape."""
         return gelu(x, approximate="tanh")
-
-
-def packable(site: Site) -> str | None:
-    """Why the projections of a parallel group cannot be packed, or None."""
-    for node in projections(site):
-        if name_of(node) != "linear" or node.op != "call_function":
-            return f"{name_of(node)} keeps its weight by columns"
-        if site.parameter(node.args[1]) is None:
-            return "a weight is computed"
-        if len(node.args) > 2 and node.args[2] is not None and site.parameter(node.args[2]) is None:
-            return "a bias is computed"
-    return None
-
-
-def projections(site: Site) -> list:
-    """The inner nodes of a parallel group that are projections."""
-    return [node for node in site.inner.graph.nodes if name_of(node) in ("linear", "addmm", "mm")]
-
-
-def packed_projections(site: Site) -> PackedLinear:
-    """The packed product in place of a parallel group."""
-    nodes = projections(site)
-    parameters = [[site.parameter(a) if a is not None else None for a in n.args[1:]] for n in nodes]
-    module = PackedLinear(
-        [p[0] for p in parameters], [p[1] if len(p) > 1 else None for p in parameters]
-    )
-    module.takes = (site.placeholders.index(projection_input(nodes[0])),)
-    order = [nodes.index(node) for node in site.results]
-    if order != list(range(len(nodes))):
-        raise ValueError("results of a parallel group are not in the order of its projections")
-    return module
 
 
 _ATEN_KINDS = (PARALLEL, CORE, NORM_RESIDUAL, EPILOGUE, GLU, ROPE, ELEMENTWISE)
@@ -196,6 +130,8 @@ def _aten_build(site: Site) -> nn.Module:
             module = Rotary()
             module.takes = tuple(names)
             return module
+    elif group.kind == EPILOGUE and pointwise(site):
+        return activated_linear(site, PointwiseLinear)
     elif "gelu_tanh" in group.details:
         _spell_gelu(site, group)
     reuse_memory(site)

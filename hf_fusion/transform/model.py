@@ -10,8 +10,9 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
 from ..report import FusionError, Reason, Stats
-from .backends import PackedLinear, chosen
+from .backends import chosen
 from .capture import Capture, Signature, capture, named_arguments
+from .linears import PackedLinear
 from .partition import AttentionFusionPartitioner
 from .report import FusionReport
 from .rewrite import rewrite

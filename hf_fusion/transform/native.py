@@ -17,13 +17,12 @@ from ..report import FusionError
 from ..step import CpuBackend
 from ..structs import DTYPES, _linear, buffer
 from . import meter
-from .backends import packable, packed_projections, register_backend
+from .backends import register_backend
 from .groups import BLOCK, EPILOGUE, NORM, NORM_RESIDUAL, PARALLEL
-from .nodes import is_kernel, name_of
+from .linears import activated_linear, not_activated_linear, packable, packed_projections
 from .site import Site
 
 NAME = "native"
-_ACTIVATIONS = {"relu": "relu", "silu": "silu", "gelu": "gelu_erf"}
 
 
 def _precision() -> int:
@@ -113,18 +112,6 @@ class NativeLayer(nn.Module):
             return written(self._backend.block(self._block, "full", x, None, mask, None, None))
 
 
-def _epilogue(site: Site) -> tuple[Any, str]:
-    """(linear node, activation) of a group of one projection and one activation."""
-    work = [node for node in site.inner.graph.nodes if is_kernel(node)]
-    if "gelu_tanh" in site.group.details:
-        return work[0], "gelu_tanh"
-    if len(work) != 2 or name_of(work[1]) not in _ACTIVATIONS:
-        return work[0], ""
-    kind = _ACTIVATIONS[name_of(work[1])]
-    tanh = kind == "gelu_erf" and work[1].kwargs.get("approximate", "none") == "tanh"
-    return work[0], "gelu_tanh" if tanh else kind
-
-
 def _refuses(site: Site) -> str | None:
     kind = site.group.kind
     if kind not in (BLOCK, EPILOGUE, PARALLEL, NORM, NORM_RESIDUAL):
@@ -141,13 +128,7 @@ def _refuses(site: Site) -> str | None:
         return packable(site)
     if kind in (NORM, NORM_RESIDUAL):
         return _norm_refuses(site)
-    if kind == EPILOGUE:
-        node, activation = _epilogue(site)
-        if not activation:
-            return "it ends in no activation that the kernel has"
-        if name_of(node) != "linear" or site.parameter(node.args[1]) is None:
-            return f"{name_of(node)} keeps its weight by columns, or computes it"
-    return None
+    return not_activated_linear(site) if kind == EPILOGUE else None
 
 
 def _norm_refuses(site: Site) -> str | None:
@@ -174,15 +155,7 @@ def _build(site: Site) -> nn.Module:
         return NativeParallel(packed_projections(site))
     if kind in (NORM, NORM_RESIDUAL):
         return _build_norm(site)
-    node, activation = _epilogue(site)
-    bias = node.args[2] if len(node.args) > 2 else None
-    module = NativeLinear(
-        site.parameter(node.args[1]).detach(),
-        site.parameter(bias).detach() if bias is not None else None,
-        activation,
-    )
-    module.takes = (site.placeholders.index(node.args[0]),)
-    return module
+    return activated_linear(site, NativeLinear)
 
 
 def _build_layer(site: Site) -> nn.Module:

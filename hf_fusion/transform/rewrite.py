@@ -6,8 +6,9 @@ import torch
 from torch import fx, nn
 from torch.fx.passes.utils.fuser_utils import fuse_by_partitions
 
-from .backends import Backend, PackedLinear, chosen
+from .backends import Backend, chosen
 from .groups import FusionGroup
+from .linears import PackedLinear
 from .report import FusionReport
 from .site import Site, fresh_results
 
