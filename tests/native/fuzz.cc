@@ -328,8 +328,9 @@ bool contradict(Random& random, const Field& field, const Named& fields) {
   }
   if (name == "call.ordinal" || name == "io.ordinal")
     return *static_cast<int32_t*>(field.where) = -1, true;
-  // no such device; or CUDA, which a call without a workspace does not get even where it is
-  if (name == "call.device" || name == "io.device")
+  // no such device; or CUDA, which a step without a workspace does not get even where it is
+  if (name == "io.device") return *static_cast<int32_t*>(field.where) = 7, true;
+  if (name == "call.device")
     return *static_cast<int32_t*>(field.where) = random.pick<int32_t>({HFF_DEVICE_CUDA, 7}), true;
   if (name == "io.next" && field.kind == Field::kPointer)
     return *static_cast<void**>(field.where) = &random, true;
