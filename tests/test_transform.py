@@ -131,7 +131,7 @@ def test_two_groups_that_wait_for_each_other_are_refused():
 
 @pytest.mark.parametrize(
     ("name", "kernels", "peak"),
-    [("vit", 0.87, 0.83), ("gpt2", 0.55, 0.5), ("llama", 0.75, 0.65), ("bart", 0.8, 0.7)],
+    [("vit", 0.87, 0.83), ("gpt2", 0.55, 0.5), ("llama", 0.75, 0.65), ("bart", 0.8, 0.75)],
 )
 def test_fewer_kernels_and_less_memory_than_sdpa(name, kernels, peak):
     fused = graphs.fused(name)
@@ -165,7 +165,7 @@ def test_an_attention_block_meets_its_targets():
     fused = fuse(block, {"x": x}, shapes=1)
     measured = fused.measure({"x": x[:1]})
     ours, sdpa, eager = (measured[k] for k in ("fused", "model, sdpa", "model, eager"))
-    assert ours["kernels"] <= 0.5 * eager["kernels"] and ours["kernels"] == 5
+    assert ours["kernels"] <= 0.5 * eager["kernels"] and ours["kernels"] == 4
     assert ours["peak_bytes"] <= 0.45 * eager["peak_bytes"]
     assert ours["peak_bytes"] <= 0.75 * sdpa["peak_bytes"]
 

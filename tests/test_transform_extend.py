@@ -177,8 +177,8 @@ def test_a_rule_and_a_back_end_of_ones_own():
 
 # blocks, projections side by side, epilogues and norms that native kernels take
 NATIVE = {
-    "vit": {kinds.BLOCK: 2}, "bert": {kinds.BLOCK: 2}, "llama": {kinds.NORM: 1, kinds.PARALLEL: 4},
-    "t5": {kinds.NORM: 2, kinds.EPILOGUE: 4}, "gpt_neox": {kinds.EPILOGUE: 2},
+    "vit": {kinds.BLOCK: 2}, "bert": {kinds.BLOCK: 2}, "llama": {kinds.NORM: 3, kinds.PARALLEL: 4},
+    "t5": {kinds.NORM: 8, kinds.EPILOGUE: 4}, "gpt_neox": {kinds.EPILOGUE: 2},
 }  # fmt: skip
 
 
@@ -192,42 +192,45 @@ def test_native_kernels_run_what_they_can(name, mask):
         assert len(ran) == count, kind
     measured = fused.measure()
     library = graphs.fused(name, mask).measure()["fused"]["kernels"]
-    assert measured["fused"]["kernels"] <= library
+    assert measured["fused"]["kernels"] < library
     if name in ("vit", "bert"):
         assert measured["fused"]["kernels"] < 0.5 * measured["model, eager"]["kernels"]
     assert not fused.stats.refused
     graphs.fused(name, mask).stats.clear()
 
 
-class Gated(nn.Module):
-    """A projection under an activation, without bias where asked."""
+class Added(nn.Module):
+    """A residual around a linear, which may have no bias, and a norm after it."""
 
-    def __init__(self, activation, bias):
+    def __init__(self, width, bias):
         super().__init__()
-        self.linear, self.activation = nn.Linear(24, 40, bias=bias), activation
+        self.linear, self.norm = nn.Linear(width, 40, bias=bias), nn.LayerNorm(40)
 
-    def forward(self, x):
-        return self.activation(self.linear(x))
+    def forward(self, x, y):
+        x = x + self.linear(y)
+        return x, self.norm(x)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("width", "joined"), [(40, True), (24, True), (41, False)])
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize(
-    "activation", [nn.ReLU(), nn.SiLU(), nn.GELU(), nn.GELU("tanh")], ids=str
-)
-def test_a_projection_and_its_activation_are_one_library_operator(activation, bias, dtype):
-    module, x = Gated(activation, bias).eval().to(dtype), torch.randn(3, 5, 24, dtype=dtype)
-    operators = fuse(module, x, backends=("aten",)).measure()["fused"]["operators"]
-    assert operators == {"_linear_pointwise": 1}
+def test_a_linear_and_its_residual_are_one_library_operator(bias, width, joined, dtype):
+    module = Added(width, bias).eval().to(dtype)
+    inputs = {"x": torch.randn(3, 5, 40, dtype=dtype), "y": torch.randn(3, 5, width, dtype=dtype)}
+    fused = fuse(module, inputs, backends=("aten",))
+    operators = fused.measure()["fused"]["operators"]
+    expected = {"_linear_pointwise", "native_layer_norm"}
+    assert (set(operators) == expected) is joined and operators["native_layer_norm"] == 1
+    exact = Added(width, bias).double()
+    exact.load_state_dict(module.state_dict())
     with torch.no_grad():
-        exact, stock = Gated(activation, bias).double(), module(x)
-        exact.load_state_dict(module.state_dict())
-        want = exact(x.double())
-        got = fuse(module, x, backends=("aten",))(x)
-    allowed = 2 * float((stock - want).abs().max()) + torch.finfo(dtype).eps
-    assert float((got - want).abs().max()) <= allowed
+        stock, got = module(**inputs), fused(**inputs)
+        want = exact(**{name: tensor.double() for name, tensor in inputs.items()})
+    for ours, theirs, truth in zip(got, stock, want, strict=True):
+        allowed = 2 * float((theirs - truth).abs().max()) + 2 * torch.finfo(dtype).eps
+        assert float((ours - truth).abs().max()) <= allowed
     with torch.backends.mkldnn.flags(enabled=False):
-        operators = fuse(module, x, backends=("aten",)).measure()["fused"]["operators"]
+        operators = fuse(module, inputs, backends=("aten",)).measure()["fused"]["operators"]
     assert "_linear_pointwise" not in operators
 
 
@@ -241,12 +244,12 @@ class Residual(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.linears = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)])
+        self.linears = nn.ModuleList([nn.Linear(16, 8), nn.Linear(16, 8)])
         self.norms = nn.ModuleList([nn.LayerNorm(8), nn.LayerNorm(8)])
 
     def forward(self, x):
         for linear, norm in zip(self.linears, self.norms):
-            x = norm(x + linear(x))
+            x = norm(x + linear(torch.cat([x, x], -1)))
         return x
 
 
@@ -255,7 +258,7 @@ def test_compiled_regions():
     regions = [g for g in fused.report.subgraphs if g.backend == "inductor"]
     assert [g.kind for g in regions] == [kinds.NORM_RESIDUAL] * 2
     operators = fused.measure()["fused"]["operators"]
-    assert operators.pop("compiled region") == 2 and list(operators) == ["addmm"]
+    assert operators.pop("compiled region") == 2 and set(operators) == {"addmm", "cat"}
     compiled = {id(m._compiled) for m in fused.graph.modules() if isinstance(m, Region)}
     assert len(compiled) == 1, "regions of one form are compiled once"
 

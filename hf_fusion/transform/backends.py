@@ -1,8 +1,8 @@
 """Who runs a group: a table of back ends, asked in the order of their priority.
 
-"aten": library operators; projections side by side as one packed product, a projection with its
-activation as one of oneDNN's, attention through scaled_dot_product_attention, elementwise work over
-memory that is no longer read. "eager": the group's own nodes, always possible; a group that nobody
+"aten": library operators; projections side by side as one packed product, a projection with the
+residual after it as one operator of oneDNN, attention through scaled_dot_product_attention,
+elementwise work over memory that is no longer read. "eager": the group's own nodes, always possible; a group that nobody
 else takes is counted as not fused.
 """
 
@@ -17,7 +17,7 @@ from torch.nn.functional import gelu
 
 from .explicit import put_together
 from .groups import CORE, ELEMENTWISE, EPILOGUE, GLU, NORM_RESIDUAL, PARALLEL, ROPE, FusionGroup
-from .linears import PointwiseLinear, activated_linear, packable, packed_projections, pointwise
+from .linears import join_residual, packable, packed_projections
 from .site import Site, fresh_results, reuse_memory
 
 EAGER = "eager"
@@ -130,10 +130,10 @@ def _aten_build(site: Site) -> nn.Module:
             module = Rotary()
             module.takes = tuple(names)
             return module
-    elif group.kind == EPILOGUE and pointwise(site):
-        return activated_linear(site, PointwiseLinear)
     elif "gelu_tanh" in group.details:
         _spell_gelu(site, group)
+    if group.kind == EPILOGUE:
+        join_residual(site)
     reuse_memory(site)
     site.inner.fresh_results = fresh_results(site.inner)
     return site.inner

@@ -1,4 +1,4 @@
-"""Projections as one call: side by side over a packed weight, or with the activation after them."""
+"""Projections as one call: side by side over a packed weight, or with what follows them."""
 
 from __future__ import annotations
 
@@ -44,26 +44,6 @@ class PackedLinear(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """One (..., width) per projection."""
         return linear(x, self.weight, self.bias).split(self.widths, dim=-1)
-
-
-_POINTWISE = {"relu": ("relu", ""), "silu": ("swish", ""), "gelu_erf": ("gelu", "none"),
-              "gelu_tanh": ("gelu", "tanh")}  # fmt: skip
-
-
-class PointwiseLinear(nn.Module):
-    """act(x W^T + b) as one operator, oneDNN's: the activation is applied before the store."""
-
-    fresh_results = (True,)
-
-    def __init__(self, weight: Tensor, bias: Tensor | None, activation: str):
-        super().__init__()
-        self._weight, self._bias, self._post = weight, bias, _POINTWISE[activation]
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x (..., columns) of the weight's type."""
-        kind, algorithm = self._post
-        call = torch.ops.mkldnn._linear_pointwise
-        return call(x, self._weight, self._bias, kind, [], algorithm)
 
 
 def packable(site: Site) -> str | None:
@@ -134,14 +114,43 @@ def not_activated_linear(site: Site) -> str | None:
     return None
 
 
-def pointwise(site: Site) -> bool:
-    """Whether oneDNN takes a projection with its activation."""
-    onednn = torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
-    if not onednn or not_activated_linear(site) is not None:
+def join_residual(site: Site) -> None:
+    """A linear and the addition after it become one operator of oneDNN in the inner graph.
+
+    Only where the linear's input is no wider than its result: the operator's own memory, some
+    100 KB a thread, then does not lie on top of the widest activation.
+    """
+    work = [node for node in site.inner.graph.nodes if is_kernel(node)]
+    if [name_of(node) for node in work] != ["linear", "add"] or work[1].kwargs:
+        return
+    source, node = work
+    x, weight, *bias = source.args
+    other = next((n for n in node.all_input_nodes if n is not source), None)
+    matrix, value = site.parameter(weight), site.value(node)
+    if other is None or matrix is None or matrix.shape[1] > matrix.shape[0]:
+        return
+    if not _onednn(value) or any(not _alike(site.value(n), value) for n in (source, other)):
+        return
+    with site.inner.graph.inserting_before(node):
+        arguments = (x, other, weight, bias[0] if bias else None, "add")
+        made = site.inner.graph.call_function(_BINARY, arguments)
+    made.meta = dict(node.meta)
+    node.replace_all_uses_with(made)
+    site.inner.graph.erase_node(node)
+    site.inner.graph.erase_node(source)
+    site.inner.recompile()
+
+
+_BINARY = torch.ops.mkldnn._linear_pointwise.binary if torch.backends.mkldnn.is_available() else None
+
+
+def _onednn(value: Tensor | None) -> bool:
+    if _BINARY is None or not torch.backends.mkldnn.enabled or value is None:
         return False
-    value, weight = site.value(site.results[0]), site.parameter(activated(site)[0].args[1])
-    dtypes = {torch.float32}
-    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        dtypes.add(torch.bfloat16)
-    on_cpu = value is not None and value.device.type == "cpu" and weight.dtype == value.dtype
-    return len(site.results) == 1 and on_cpu and value.dtype in dtypes
+    bf16 = value.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return value.device.type == "cpu" and (value.dtype == torch.float32 or bf16)
+
+
+def _alike(value: Tensor | None, other: Tensor) -> bool:
+    same = value is not None and str(tuple(value.shape)) == str(tuple(other.shape))
+    return same and value.dtype == other.dtype

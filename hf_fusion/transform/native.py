@@ -179,8 +179,10 @@ def _build_norm(site: Site) -> nn.Module:
     adds = site.group.kind == NORM_RESIDUAL
     weight = site.parameter(site.node(roles["weight"].name)).detach()
     module = NativeNorm(weight, float(roles["eps"]), adds, len(site.results) == 2)
-    source = site.node(details["source"].name)
-    reads = list(source.args[:2]) if adds else [source]
+    if adds:
+        reads = site.node(details["source"].name).args[:2]
+    else:
+        reads = [node for node in site.placeholders if site.parameter(node) is None]
     module.takes = tuple(site.placeholders.index(node) for node in reads)
     return module
 

@@ -176,7 +176,7 @@ def epilogues(graph: fx.Graph, claims: Claims) -> Iterator[FusionGroup]:
 
 
 def residual_epilogues(graph: fx.Graph, claims: Claims) -> Iterator[FusionGroup]:
-    """A projection and the residual addition after it, where no norm has taken the addition."""
+    """A projection and the residual addition after it."""
     for node in graph.nodes:
         if not is_residual(node) or not claims.free([node]):
             continue
@@ -184,6 +184,15 @@ def residual_epilogues(graph: fx.Graph, claims: Claims) -> Iterator[FusionGroup]
             if is_projection(source) and len(source.users) == 1 and claims.free([source]):
                 yield FusionGroup(EPILOGUE, [source, node], owner_of(source))
                 break
+
+
+def narrow_residual_epilogues(graph: fx.Graph, claims: Claims) -> Iterator[FusionGroup]:
+    """Those of a linear whose input, which lives as long, is no wider than its result."""
+    for group in residual_epilogues(graph, claims):
+        source = group.nodes[0]
+        weight = source.args[1].meta.get("val") if name_of(source) == "linear" else None
+        if weight is not None and weight.shape[1] <= weight.shape[0]:
+            yield group
 
 
 def rotary(graph: fx.Graph, claims: Claims) -> Iterator[FusionGroup]:
@@ -228,6 +237,7 @@ class FusionRule:
 RULES: list[FusionRule] = [
     FusionRule("parallel linear", 10, parallel),
     FusionRule("attention core", 20, attention_core),
+    FusionRule("narrow residual epilogue", 29, narrow_residual_epilogues),
     FusionRule("norm", 30, rms_norms),
     FusionRule("norm and residual", 31, layer_norms),
     FusionRule("gated unit", 40, gated),

@@ -15,7 +15,7 @@ from .nodes import name_of
 _FRESH = {
     "linear", "addmm", "mm", "bmm", "matmul", "baddbmm", "conv1d", "conv2d", "layer_norm", "add",
     "mul", "sub", "div", "gelu", "relu", "silu", "tanh", "sigmoid", "cat", "embedding", "softmax",
-    "pow", "rsqrt", "neg", "attention",
+    "pow", "rsqrt", "neg", "attention", "_linear_pointwise",
 }  # fmt: skip
 
 
