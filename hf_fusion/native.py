@@ -43,6 +43,7 @@ _SIGNATURES = {
     "hff_abi_version": (c_int32, []),
     "hff_struct_size": (c_uint64, [c_int32]),
     "hff_last_error": (c_char_p, []),
+    "hff_scratch_bytes": (c_int64, []),
     "hff_isa_name": (c_char_p, [c_int32, POINTER(c_char_p)]),
     "hff_select_isa": (c_int32, [c_char_p]),
     "hff_isa": (c_char_p, []),

@@ -15,6 +15,8 @@ void* thread_scratch(int64_t bytes);
 // Gives the calling thread's block back where it is longer than `most`: what one call of a kernel
 // that stores all scores has taken is not kept for ever.
 void trim_thread_scratch(int64_t most);
+// Kept between calls of layers and models. More would stand beside the caller's own activations.
+constexpr int64_t kKeptScratch = 1 << 20;
 
 // First pass (base null): adds up. Second pass: hands out. Both run the same code, so they cannot
 // disagree.

@@ -15,7 +15,7 @@ constexpr Hardware kHardware = Hardware::kAvx2;
 constexpr Hardware kHardware = Hardware::kScalar;
 #endif
 
-constexpr int64_t kKeptScratch = 64 << 20;
+constexpr int64_t kKeptScores = 64 << 20;
 
 // The caller's blocks, or the table's; no more queries than there are, and whole panels of keys.
 static AttendBlocks blocks_for(const hff_attend_io& io) {
@@ -188,7 +188,7 @@ static hff_status attend_call(const hff_attend_io& io) {
     if (!with_scratch([&](Arena* arena) { run.carve(arena); }))
       return fail(HFF_OUT_OF_MEMORY, "no memory for the scratch of an attention");
     const hff_status status = run.run();
-    trim_thread_scratch(kKeptScratch);
+    trim_thread_scratch(kKeptScores);
     return status;
   });
 }

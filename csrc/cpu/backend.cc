@@ -120,7 +120,7 @@ const Isa* best_isa() {
 
 struct ScratchBlock {
   void* base = nullptr;
-  int64_t bytes = 0;
+  int64_t bytes = 0, asked = 0;
   ~ScratchBlock() { std::free(base); }
 };
 thread_local ScratchBlock t_scratch;
@@ -143,6 +143,7 @@ void* thread_scratch(int64_t bytes) {
 #if defined(HFF_FAULTS)
   if (g_fail_allocation.load() > 0 && g_fail_allocation.fetch_sub(1) == 1) return nullptr;
 #endif
+  t_scratch.asked = bytes;
   if (t_scratch.base != nullptr && t_scratch.bytes >= bytes) return t_scratch.base;
   const Size rounded = padded(Size(bytes < 4096 ? 4096 : bytes));
   void* base =
@@ -189,6 +190,8 @@ const Backend* cpu_backend() {
 extern "C" {
 
 const char* hff_last_error(void) { return hff::t_error; }
+
+int64_t hff_scratch_bytes(void) { return hff::t_scratch.asked; }
 
 const char* hff_isa_name(int32_t index, const char** reason) {
   if (index < 0 || index >= hff::kIsaCount) return nullptr;

@@ -128,45 +128,56 @@ template <class T, class P>
 struct GemmLinearRun {
   const hff_linear& linear;
   const hff_linear_io& io;
-  Operands<P> x;                // (rows, cols)
+  Operands<P> x;                // (rows, cols); the caller's own where they are such operands
   typename P::Element* panels;  // (threads, group_room)
   Counter* counters;            // (threads)
+  bool copies;
   Barrier barrier;
 
   static void work(void* self, int thread, int width) {
     GemmLinearRun& run = *static_cast<GemmLinearRun*>(self);
     const TileScope tiles;
     const hff_linear& l = run.linear;
-    for (int64_t r = run.io.rows * thread / width; r < run.io.rows * (thread + 1) / width; ++r) {
-      const T* x = static_cast<const T*>(run.io.x.data) + r * l.cols;
-      for (int64_t k = 0; k < l.cols; k += kLanes) {
-        const int64_t n = l.cols - k < kLanes ? l.cols - k : kLanes;
-        store_input<P>(load_n(x + k, n), run.x.row(r), k, n, l.cols);
-      }
-      zero_tail<P>(run.x.row(r), l.cols);
-    }
-    run.barrier.wait();
+    if (run.copies) run.copy(thread, width);
     T* out = static_cast<T*>(run.io.out.data);
-    team_product<T, P>(l, run.io.activation, run.x, run.io.rows, run.counters, thread, width,
-                       run.panels + thread * group_room<P>(l.cols),
+    team_product<T, P>(Slice<T, P>(l), run.io.activation, run.x, run.io.rows, run.counters, thread,
+                       width, run.panels + thread * group_room<P>(l.cols),
                        [&](int64_t row, int64_t column, int64_t n, F v) {
                          store_n(v, out + row * l.rows + column, n);
                        });
+  }
+  void copy(int thread, int width) {
+    const int64_t cols = linear.cols;
+    for (int64_t r = io.rows * thread / width; r < io.rows * (thread + 1) / width; ++r) {
+      const T* from = static_cast<const T*>(io.x.data) + r * cols;
+      for (int64_t k = 0; k < cols; k += kLanes) {
+        const int64_t n = cols - k < kLanes ? cols - k : kLanes;
+        store_input<P>(load_n(from + k, n), x.row(r), k, n, cols);
+      }
+      zero_tail<P>(x.row(r), cols);
+    }
+    barrier.wait();
   }
 };
 
 template <class T, class P>
 static hff_status linear_of_many(const hff_linear& linear, const hff_linear_io& io) {
-  GemmLinearRun<T, P> run{linear, io, {}, nullptr, nullptr, {}};
+  using Input = typename P::Input;
+  GemmLinearRun<T, P> run{linear, io, {}, nullptr, nullptr, true, {}};
   const int64_t stride = operand_stride<P>(linear.cols);
+  const Size rows = operand_rows(io.rows);
+  if constexpr (std::is_same<Input, T>::value && P::kParts == 1)
+    run.copies = P::padded(linear.cols) != linear.cols || !rows.fits(io.rows);
   const bool had = with_scratch([&](Arena* a) {
-    run.x = {a->take<typename P::Input>(operand_rows(io.rows) * Size(stride)), stride};
+    run.x = {a->take<Input>(run.copies ? rows * Size(stride) : Size(0)), stride};
+    if (!run.copies) run.x = {static_cast<Input*>(const_cast<void*>(io.x.data)), linear.cols};
     run.panels = a->take<typename P::Element>(Size(io.threads) * Size(group_room<P>(linear.cols)));
     run.counters = a->take<Counter>(io.threads);
   });
   if (!had) return fail(HFF_OUT_OF_MEMORY, "no memory for the scratch of a linear");
   for (int i = 0; i < io.threads; ++i) new (run.counters + i) Counter;
   run_on_team(io.threads, GemmLinearRun<T, P>::work, &run, &run.barrier);
+  trim_thread_scratch(kKeptScratch);
   return HFF_OK;
 }
 

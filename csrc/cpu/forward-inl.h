@@ -46,10 +46,11 @@ static hff_status block_of_many(const hff_call& call, const hff_block& block,
                                 const hff_cache* cache, const hff_block_io& io) {
   GemmScratch<T, P> scratch;
   const bool had = with_scratch(
-      [&](Arena* a) { scratch.carve(a, call, &block, 1, block.hidden, rows_of(call)); });
+      [&](Arena* a) { scratch.carve(a, call, &block, 1, block.hidden, rows_of(call), io.stage); });
   if (!had) return fail(HFF_OUT_OF_MEMORY, "no memory for the scratch of a layer");
   GemmBlockRun<T, P> run{call, block, cache, io, scratch, {}};
   run_on_team(call.threads, GemmBlockRun<T, P>::work, &run, &run.barrier);
+  trim_thread_scratch(kKeptScratch);
   if (cache != nullptr) *cache->length += call.queries;
   return HFF_OK;
 }
@@ -96,7 +97,7 @@ struct GemmModelRun {
     if (hidden != nullptr) final_norm_row<T>(model, x, hidden + r * model.hidden);
     const int64_t to = kept_row(call, io, r);
     if (to < 0) return;
-    float* line = scratch.line + thread * scratch.line_room;
+    float* line = scratch.template own_of<float>(thread);
     final_norm_row<T>(model, x, line);
     if (last != nullptr) return to_operand<T>(line, model.hidden, last + to * model.hidden);
     typename P::Input* row = scratch.normed.row(to);
@@ -108,15 +109,14 @@ struct GemmModelRun {
   }
 
   void head(int thread, int width) const {
-    Counter* counters =
-        scratch.counters + model.block_count * GemmScratch<T, P>::kPhases * call.threads;
+    Counter* counters = scratch.layer_counters(model.block_count, call.threads);
     T* logits = static_cast<T*>(io.logits.data);
     if (last != nullptr) {
       return head_rows(model, last, kept(), counters, thread, width,
                        block + thread * kFewRows * kMaxBlockRows, logits);
     }
-    team_product<T, P>(model.head, HFF_ACT_NONE, scratch.normed, kept(), counters, thread, width,
-                       scratch.panels + thread * scratch.panel_room,
+    team_product<T, P>(Slice<T, P>(model.head), HFF_ACT_NONE, scratch.normed, kept(), counters,
+                       thread, width, scratch.template own_of<typename P::Element>(thread),
                        [&](int64_t row, int64_t column, int64_t n, F v) {
                          store_n(v, logits + row * model.head.rows + column, n);
                        });
@@ -129,13 +129,15 @@ static hff_status model_of_many(const hff_call& call, const hff_model& model,
   GemmModelRun<T, P> run{call, model, caches, io, {}, nullptr, nullptr, {}};
   const bool few = run.kept() > 0 && run.kept() <= kFewRows;
   const bool had = with_scratch([&](Arena* a) {
-    run.scratch.carve(a, call, model.blocks, model.block_count, model.hidden, rows_of(call));
+    run.scratch.carve(a, call, model.blocks, model.block_count, model.hidden, rows_of(call),
+                      HFF_STAGE_FULL);
     run.last = a->take<Operand<T>>(few ? Size(run.kept()) * Size(model.hidden) : Size(0));
     run.block = a->take<float>(Size(call.threads) * Size(few ? kFewRows * kMaxBlockRows : 0));
     if (!few) run.last = nullptr;
   });
   if (!had) return fail(HFF_OUT_OF_MEMORY, "no memory for the scratch of a model's pass");
   run_on_team(call.threads, GemmModelRun<T, P>::work, &run, &run.barrier);
+  trim_thread_scratch(kKeptScratch);
   for (int64_t l = 0; caches != nullptr && l < model.block_count; ++l)
     *caches[l].length += call.queries;
   return HFF_OK;

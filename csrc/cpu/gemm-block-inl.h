@@ -1,27 +1,51 @@
 // Transformer layers for many rows: prefill and encoders, assembled from gemm-inl.h and flash-inl.h.
 //   parallel:   y = x + attn(norm1(x)) + mlp(norm2(x))
-//     phases norm | qkv, up | append | attend | down | o
 //   sequential: a = x + attn(norm1(x)); y = a + mlp(norm2(a))
-//     phases norm | qkv | append | attend | o | norm | up | down
 //   post-norm:  a = norm1(x + attn(x)); y = norm2(a + mlp(a))
-//     phases round | qkv | append | attend | o | norm | up | down | norm
-// x: (rows, hidden) fp32 in scratch for all layers of a call. qkv: (rows, width), model dtype, as
-//   hff_heads lays it out; without a cache its keys and values are read, and rotated, where they
-//   lie.
+//     phases norm | { qkv | append | attend | o } | norm | { up | down } | norm
+// x: (rows, hidden) fp32 in scratch for all layers of a call; o and down add to it. qkv: (rows,
+//   width), model dtype, as hff_heads lays it out; without a cache its keys and values are read, and
+//   rotated, where they lie.
+// Slices: what is in braces runs for some heads, then the next, and for some of the MLP's width:
+//   little of qkv and act is in memory at once, and it stays in L2. The cut depends on the layer
+//   alone, so no bit depends on threads, or on the other rows of the call.
 // Work split: rows for norms, units of gemm-inl.h for products, units of flash-inl.h for attention;
 //   a barrier per `|`. Append is left out where there is neither cache nor RoPE.
 // Rounding to the model dtype: after each norm, q, k and v, after attention, after the activation
 //   and at the outputs; everything else is fp32.
-// Order of sums: each product as in gemm-inl.h; (mlp + attn) + x as Hugging Face adds. No bit
-//   depends on threads, or on the other rows of the call.
+// Order of sums: each product as in gemm-inl.h, the slices of o and down in order onto x.
 // Bytes: weights once per phase and strip, activations from L2 or L3. Bound: multiply-adds.
-// Memory: what lives at different times shares a place: qkv and act where they are not made in one
-//   phase, the norms' output and the attention's.
+// Memory: x and the norms' output, then qkv and context of a slice, or act of one, in one place.
 
 namespace hff {
 namespace HFF_ISA {
 
 HFF_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// How often a layer's heads, and its MLP's width, are cut.
+constexpr int64_t kMostSlices = 3;
+struct Slices {
+  int64_t heads = 1, mlp = 1;
+
+  // A slice has whole panels and steps of k, and four panels or more to share.
+  HFF_INLINE int64_t most(int64_t count, int64_t depth, int64_t rows) {
+    for (int64_t n = kMostSlices; n > 1; --n) {
+      if (count % n == 0 && count / n * depth % kTileDepth == 0 && count / n * rows >= 4 * kPanel)
+        return n;
+    }
+    return 1;
+  }
+  template <class P>
+  static Slices of(const hff_block& b, int32_t stage) {
+    Slices s;
+    if (stage != HFF_STAGE_FULL || P::kParts > 1) return s;
+    const hff_heads& h = b.heads;
+    s.heads = most(h.kv_heads, h.head_dim, (h.heads / h.kv_heads + 2) * h.head_dim);
+    if (b.mlp_width % kTileDepth == 0)
+      s.mlp = most(b.mlp_width / kTileDepth, kTileDepth, kTileDepth);
+    return s;
+  }
+};
 
 // Scratch of a call of many rows. A second carving over the same sizes hands out the same pieces.
 template <class T, class P>
@@ -29,80 +53,91 @@ struct GemmScratch {
   enum { kQkv = 0, kKey, kValue, kAppend, kAttend, kO, kUp, kDown, kPhases };
 
   float* x;             // (rows, hidden)
-  float* mlp;           // (rows, hidden): down(act) of a parallel layer, until o joins it
-  T* qkv;               // (rows, qkv rows of the layer)
-  Operands<P> act;      // (rows, mlp_width), over qkv but for parallel layers
-  Operands<P> normed;   // (rows, hidden): input of qkv and of up, of qkv alone in a parallel layer
-  Operands<P> context;  // (rows, heads * head_dim), over normed
+  Operands<P> normed;   // (rows, hidden): input of qkv, and of up but in a parallel layer
   Operands<P> second;   // (rows, hidden): input of up in a parallel layer
-  Counter* counters;    // (layers, kPhases, threads), then (threads) for the head
-  // private, (threads, ...)
-  typename P::Element* panels;  // (panel_room)
-  float* line;                  // (line_room): a normed row before it is rounded
-  float* flash;                 // (flash_room)
-  int64_t panel_room, line_room, flash_room;
+  T* qkv;               // (rows, qkv rows of a slice)
+  Operands<P> context;  // (rows, a slice's heads * head_dim)
+  Operands<P> act;      // (rows, a slice of mlp_width), over qkv and context
+  Counter* counters;    // (layers, kMostSlices, kPhases, threads), then (threads) for the head
+  char* own;            // (threads, own_room): panels, a normed row, or the scratch of attention
+  int64_t own_room;
+
+  template <class Element>
+  Element* own_of(int thread) const {
+    return reinterpret_cast<Element*>(own + thread * own_room);
+  }
 
   void carve(Arena* arena, const hff_call& call, const hff_block* blocks, int64_t count,
-             int64_t hidden, int64_t row_count) {
+             int64_t hidden, int64_t row_count, int32_t stage) {
     int64_t qkv_width = 1, context_width = 1, mlp_width = 1, dim = 1, cols = hidden;
     bool parallel = false;
     for (int64_t l = 0; l < count; ++l) {
       const hff_block& b = blocks[l];
-      qkv_width = larger(qkv_width, (b.heads.heads + 2 * b.heads.kv_heads) * b.heads.head_dim);
-      context_width = larger(context_width, b.o.cols);
-      mlp_width = larger(mlp_width, b.mlp_width);
+      const Slices slices = Slices::of<P>(b, stage);
+      const int64_t heads = b.heads.heads / slices.heads,
+                    kv_heads = b.heads.kv_heads / slices.heads;
+      qkv_width = larger(qkv_width, (heads + 2 * kv_heads) * b.heads.head_dim);
+      context_width = larger(context_width, heads * b.heads.head_dim);
+      mlp_width = larger(mlp_width, b.mlp_width / slices.mlp);
       dim = larger(dim, b.heads.head_dim);
       parallel |= b.residual == HFF_RESIDUAL_PARALLEL;
     }
     cols = larger(larger(cols, context_width), mlp_width);
     const Size rows = Size(row_count), threads = call.threads;
+    constexpr int64_t kInput = static_cast<int64_t>(sizeof(typename P::Input));
+    const auto bytes_of = [&](int64_t stride) {
+      return operand_rows(row_count) * Size(stride) * Size(kInput);
+    };
     const auto take = [&](int64_t width, bool wanted) {
       const int64_t stride = operand_stride<P>(width);
-      const Size size = wanted ? operand_rows(row_count) * Size(stride) : Size(0);
-      return Operands<P>{arena->take<typename P::Input>(size), stride};
+      char* data = arena->take<char>(wanted ? bytes_of(stride) : Size(0));
+      return Operands<P>{reinterpret_cast<typename P::Input*>(data), stride};
     };
     x = arena->take<float>(rows * Size(hidden));
-    mlp = arena->take<float>(parallel ? rows * Size(hidden) : Size(0));
-    const Size projected = rows * Size(qkv_width), tiled = operand_rows(row_count);
-    act.stride = operand_stride<P>(mlp_width);
-    if (parallel) {
-      qkv = arena->take<T>(projected);
-      act = take(mlp_width, true);
-    } else {
-      const Size bytes = projected * Size(sizeof(T)),
-                 other = tiled * Size(act.stride) * Size(sizeof(typename P::Input));
-      const bool act_larger = bytes.ok() && !(other.fits(bytes.value()));
-      char* shared = arena->take<char>(act_larger ? other : bytes);
-      qkv = reinterpret_cast<T*>(shared);
-      act.data = reinterpret_cast<typename P::Input*>(shared);
-    }
-    normed = take(larger(hidden, context_width), true);
-    context = normed;
+    normed = take(hidden, true);
     second = take(hidden, parallel);
-    counters = arena->take<Counter>((Size(count) * Size(kPhases) + Size(1)) * threads);
-    panel_room = group_room<P>(cols);
-    line_room = (hidden + kLanes - 1) / kLanes * kLanes;
-    flash_room = FlashScratch::floats(dim);
-    panels = arena->take<typename P::Element>(threads * Size(panel_room));
-    line = arena->take<float>(threads * Size(line_room));
-    flash = arena->take<float>(threads * Size(flash_room));
+    context.stride = operand_stride<P>(context_width);
+    act.stride = operand_stride<P>(mlp_width);
+    const Size projected = padded(rows * Size(qkv_width) * Size(int64_t{sizeof(T)}));
+    const Size attending = projected + bytes_of(context.stride), between = bytes_of(act.stride);
+    const bool act_larger = attending.ok() && !between.fits(attending.value());
+    char* shared = arena->take<char>(act_larger ? between : attending);
+    counters = arena->take<Counter>(counter_count(count, call.threads));
+    const int64_t panels = group_room<P>(cols) * int64_t{sizeof(typename P::Element)};
+    const int64_t floats = larger(pad_lanes(hidden), FlashScratch::floats(dim));
+    own_room = (larger(panels, floats * 4) + 63) / 64 * 64;
+    own = arena->take<char>(threads * Size(own_room));
     if (x == nullptr) return;
-    for (int64_t i = 0; i < (count * kPhases + 1) * call.threads; ++i) new (counters + i) Counter;
+    qkv = reinterpret_cast<T*>(shared);
+    context.data = reinterpret_cast<typename P::Input*>(shared + projected.value());
+    act.data = reinterpret_cast<typename P::Input*>(shared);
+    const int64_t counted = counter_count(count, call.threads).value();
+    for (int64_t i = 0; i < counted; ++i) new (counters + i) Counter;
+  }
+  static Size counter_count(int64_t layers, int32_t threads) {
+    return (Size(layers) * Size(kMostSlices * kPhases) + Size(1)) * Size(threads);
+  }
+  Counter* layer_counters(int64_t layer, int32_t threads) const {
+    return counters + layer * kMostSlices * kPhases * threads;
   }
 };
 
-// C = act(A W^T + b) on the team, to sink(row, column, n, values); no barrier.
+// C = act(A W^T + b) on the team, to sink(row, column, n, values), or where `onto`, rows onto_stride
+// apart, is given, added there, without activation and bias; no barrier.
 template <class T, class P, class Sink>
-static void team_product(const hff_linear& linear, int32_t activation, const Operands<P>& a,
+static void team_product(const Slice<T, P>& slice, int32_t activation, const Operands<P>& a,
                          int64_t rows, Counter* counters, int thread, int width,
-                         typename P::Element* panels, Sink sink) {
-  const GemmUnits units = GemmUnits::of<P>(linear, rows, width);
+                         typename P::Element* panels, Sink sink, float* onto = nullptr,
+                         int64_t onto_stride = 0) {
+  const GemmUnits units = GemmUnits::of<P>(slice.linear, rows, width);
   Shares taken(counters, units.count(), thread, width);
   for (int64_t u = taken.take(); u >= 0; u = taken.take()) {
-    gemm_unit<T, P>(linear, units, u, a, panels,
-                    [&](int64_t row, int64_t n, int64_t column, int64_t columns, const float* c) {
-                      finish_tile<T>(linear, activation, row, n, column, columns, c, sink);
-                    });
+    gemm_unit<T, P>(
+        slice, units, u, a, panels,
+        [&](int64_t row, int64_t n, int64_t column, int64_t columns, const float* c) {
+          finish_tile<T>(slice.linear, activation, row, n, column, columns, c, sink);
+        },
+        onto, onto_stride);
   }
 }
 
@@ -110,42 +145,48 @@ static void team_product(const hff_linear& linear, int32_t activation, const Ope
 template <class T, class P>
 struct GemmPass {
   using Scratch = GemmScratch<T, P>;
+  using Weight = Slice<T, P>;
   const hff_call& call;
   const hff_block& block;
+  const hff_cache* cache;
   const Scratch& scratch;
-  Attention<T, T> attention;
   Counter* counters;
   Barrier* barrier;
   int thread, width;
-  int64_t rows, qkv_width;
+  int64_t rows;
   int32_t stage;
   const hff_block_io* io;  // null inside a model: the layer is FULL and writes scratch.x
+  Slices slices;
 
-  GemmPass(const hff_call& c, const hff_block& b, const hff_cache* cache, const Scratch& s,
+  GemmPass(const hff_call& c, const hff_block& b, const hff_cache* kv, const Scratch& s,
            int64_t layer, Barrier* wait, int t, int w, const hff_block_io* out)
       : call(c),
         block(b),
+        cache(kv),
         scratch(s),
-        attention(c, b.heads, cache, s.qkv,
-                  (b.heads.heads + 2 * b.heads.kv_heads) * b.heads.head_dim),
-        counters(s.counters + layer * Scratch::kPhases * c.threads),
+        counters(s.layer_counters(layer, c.threads)),
         barrier(wait),
         thread(t),
         width(w),
         rows(rows_of(c)),
-        qkv_width(attention.qkv_stride),
         stage(out != nullptr ? out->stage : int32_t{HFF_STAGE_FULL}),
-        io(out) {}
+        io(out),
+        slices(Slices::of<P>(b, stage)) {}
 
   int64_t first_row() const { return rows * thread / width; }
   int64_t end_row() const { return rows * (thread + 1) / width; }
   float* x_row(int64_t r) const { return scratch.x + r * block.hidden; }
+  bool parallel() const { return block.residual == HFF_RESIDUAL_PARALLEL; }
+  Counter* counters_of(int64_t slice, int phase) const {
+    return counters + (slice * Scratch::kPhases + phase) * call.threads;
+  }
 
   template <class Sink>
-  void product(int phase, const hff_linear& linear, int32_t activation, const Operands<P>& a,
-               Sink sink) const {
-    team_product<T, P>(linear, activation, a, rows, counters + phase * call.threads, thread, width,
-                       scratch.panels + thread * scratch.panel_room, sink);
+  void product(int64_t slice, int phase, const Weight& weight, int32_t activation,
+               const Operands<P>& a, Sink sink, float* onto = nullptr) const {
+    using Element = typename P::Element;
+    team_product<T, P>(weight, activation, a, rows, counters_of(slice, phase), thread, width,
+                       scratch.template own_of<Element>(thread), sink, onto, block.hidden);
   }
 
   // An fp32 row, rounded to T, as a row of A.
@@ -160,7 +201,7 @@ struct GemmPass {
   // This thread's rows of x: normed into A; `keep`: into x as well.
   void norm(const hff_norm& n, const Operands<P>& a, bool keep) const {
     for (int64_t r = first_row(); r < end_row(); ++r) {
-      float* y = keep ? x_row(r) : scratch.line + thread * scratch.line_room;
+      float* y = keep ? x_row(r) : scratch.template own_of<float>(thread);
       norm_row(x_row(r), static_cast<const T*>(n.weight.data), static_cast<const T*>(n.bias.data),
                n.kind, n.eps, block.hidden, y);
       round_row(y, block.hidden, a.row(r));
@@ -178,37 +219,53 @@ struct GemmPass {
     barrier->wait();
   }
 
-  // q, k and v side by side, whether they are one matrix or three.
-  void qkv() const {
-    const auto into = [this](int64_t offset) {
-      return [this, offset](int64_t row, int64_t column, int64_t n, F v) {
-        store_n(v, scratch.qkv + row * qkv_width + offset + column, n);
-      };
+  // ---- a slice of heads -------------------------------------------------------------------------
+
+  // The heads of a slice as a layer of their own: q heads [first, + heads.heads), and their k/v.
+  struct SliceOfHeads {
+    hff_heads heads;
+    hff_cache cache;
+    int64_t index, q_width, kv_width, qkv_width;
+  };
+  SliceOfHeads heads_of(int64_t index) const {
+    SliceOfHeads s{block.heads, {}, index, 0, 0, 0};
+    s.heads.heads /= slices.heads;
+    s.heads.kv_heads /= slices.heads;
+    s.q_width = s.heads.heads * s.heads.head_dim;
+    s.kv_width = s.heads.kv_heads * s.heads.head_dim;
+    s.qkv_width = s.q_width + 2 * s.kv_width;
+    if (cache == nullptr) return s;
+    s.cache = *cache;
+    const int64_t skipped = index * s.heads.kv_heads * cache->head_stride;
+    s.cache.keys.data = static_cast<T*>(cache->keys.data) + skipped;
+    s.cache.values.data = static_cast<T*>(cache->values.data) + skipped;
+    return s;
+  }
+
+  // q, k and v of the slice side by side, whether they are one matrix or three.
+  void qkv(const SliceOfHeads& s) const {
+    const auto rows_to = [&](int phase, const hff_linear& linear, int64_t row, int64_t count,
+                             int64_t offset) {
+      product(s.index, phase, Weight::of(linear, row, count, 0, linear.cols), HFF_ACT_NONE,
+              scratch.normed, [&](int64_t r, int64_t column, int64_t n, F v) {
+                store_n(v, scratch.qkv + r * s.qkv_width + offset + column, n);
+              });
     };
-    product(Scratch::kQkv, block.qkv, HFF_ACT_NONE, scratch.normed, into(0));
-    if (block.k.weight.data == nullptr) return;
-    product(Scratch::kKey, block.k, HFF_ACT_NONE, scratch.normed, into(block.qkv.rows));
-    product(Scratch::kValue, block.v, HFF_ACT_NONE, scratch.normed,
-            into(block.qkv.rows + block.k.rows));
+    const bool three = block.k.weight.data != nullptr;
+    if (!three && (slices.heads == 1 || block.heads.qkv_layout == HFF_QKV_PER_HEAD))
+      return rows_to(Scratch::kQkv, block.qkv, s.index * s.qkv_width, s.qkv_width, 0);
+    const hff_linear &k = three ? block.k : block.qkv, &v = three ? block.v : block.qkv;
+    const int64_t keys = three ? 0 : s.q_width * slices.heads;
+    const int64_t values = three ? 0 : keys + s.kv_width * slices.heads;
+    rows_to(Scratch::kQkv, block.qkv, s.index * s.q_width, s.q_width, 0);
+    rows_to(Scratch::kKey, k, keys + s.index * s.kv_width, s.kv_width, s.q_width);
+    rows_to(Scratch::kValue, v, values + s.index * s.kv_width, s.kv_width, s.q_width + s.kv_width);
   }
 
-  void up(const Operands<P>& in) const {
-    T* out = stage == HFF_STAGE_ATTENTION_UP ? static_cast<T*>(io->up_out.data) : nullptr;
-    product(Scratch::kUp, block.up, block.activation, in,
-            [&](int64_t row, int64_t column, int64_t n, F v) {
-              if (out != nullptr) return store_n(v, out + row * block.mlp_width + column, n);
-              store_input<P>(rounded<T>(v), scratch.act.row(row), column, n, block.mlp_width);
-            });
-    if (out != nullptr) return;
-    for (int64_t r = first_row(); r < end_row(); ++r)
-      zero_tail<P>(scratch.act.row(r), block.mlp_width);
-  }
-
-  void append() const {
-    if (!attention.kept() && block.heads.rotary_dim == 0) return;
-    const int64_t tiles = ceil_div(call.queries, kQueries), heads = block.heads.kv_heads;
-    Shares units(counters + Scratch::kAppend * call.threads, call.batch * heads * tiles, thread,
-                 width);
+  void append(const SliceOfHeads& s, const Attention<T, T>& attention) const {
+    if (!attention.kept() && s.heads.rotary_dim == 0) return;
+    const int64_t tiles = ceil_div(call.queries, kQueries), heads = s.heads.kv_heads;
+    Shares units(counters_of(s.index, Scratch::kAppend), call.batch * heads * tiles, thread, width);
     for (int64_t u = units.take(); u >= 0; u = units.take()) {
       const int64_t b = u / tiles / heads, begin = u % tiles * kQueries;
       const int64_t end = begin + kQueries, queries = attention.queries(b);
@@ -217,78 +274,97 @@ struct GemmPass {
     barrier->wait();
   }
 
-  void attend() const {
-    const int64_t tiles = ceil_div(attention.longest(), kQueries), heads = block.heads.heads;
-    const int64_t pairs = call.batch * heads;
-    const FlashScratch private_scratch(scratch.flash + thread * scratch.flash_room,
-                                       block.heads.head_dim);
+  void attend(const SliceOfHeads& s, const Attention<T, T>& attention) const {
+    const int64_t tiles = ceil_div(attention.longest(), kQueries), heads = s.heads.heads;
+    const FlashScratch own(scratch.template own_of<float>(thread), s.heads.head_dim);
     for (int64_t r = first_row(); r < end_row(); ++r)
-      zero_tail<P>(scratch.context.row(r), block.o.cols);
-    Shares units(counters + Scratch::kAttend * call.threads, pairs * tiles, thread, width);
+      zero_tail<P>(scratch.context.row(r), s.q_width);
+    Shares units(counters_of(s.index, Scratch::kAttend), call.batch * heads * tiles, thread, width);
     for (int64_t u = units.take(); u >= 0; u = units.take()) {
       const int64_t b = u / tiles / heads, first = (tiles - 1 - u % tiles) * kQueries;
       const int64_t left = attention.queries(b) - first;
       if (left <= 0) continue;
-      flash_unit(attention, b, u / tiles % heads, first, left < kQueries ? left : kQueries,
-                 private_scratch, [this](int64_t row, int64_t column, int64_t n, F v) {
-                   store_input<P>(rounded<T>(v), scratch.context.row(row), column, n, block.o.cols);
+      flash_unit(attention, b, u / tiles % heads, first, left < kQueries ? left : kQueries, own,
+                 [&](int64_t row, int64_t column, int64_t n, F v) {
+                   store_input<P>(rounded<T>(v), scratch.context.row(row), column, n, s.q_width);
                  });
     }
     barrier->wait();
   }
 
-  // x = (before + linear(a)) + x, `before` null or (rows, hidden)
-  void add_product(int phase, const hff_linear& linear, const Operands<P>& a,
-                   const float* before) const {
-    product(phase, linear, HFF_ACT_NONE, a, [&](int64_t row, int64_t column, int64_t n, F v) {
-      float* x = x_row(row) + column;
-      if (before != nullptr) v = add(load_n(before + row * block.hidden + column, n), v);
-      store_n(add(v, load_n(x, n)), x, n);
-    });
+  // context = attention of the slice's heads
+  void attention(const SliceOfHeads& s) const {
+    const Attention<T, T> attention(call, s.heads, cache != nullptr ? &s.cache : nullptr,
+                                    scratch.qkv, s.qkv_width);
+    qkv(s);
     barrier->wait();
+    append(s, attention);
+    attend(s, attention);
   }
 
-  void down_to_mlp() const {
-    product(Scratch::kDown, block.down, HFF_ACT_NONE, scratch.act,
-            [&](int64_t row, int64_t column, int64_t n, F v) {
-              store_n(v, scratch.mlp + row * block.hidden + column, n);
-            });
+  // ---- products that end a branch ---------------------------------------------------------------
+
+  // x += linear(a)
+  void add_product(int64_t slice, int phase, const Weight& weight, const Operands<P>& a) const {
+    const auto onto_x = [&](int64_t row, int64_t column, int64_t n, F v) {
+      float* x = x_row(row) + column;
+      store_n(add(v, load_n(x, n)), x, n);
+    };
+    float* direct = weight.linear.bias.data == nullptr ? scratch.x : nullptr;
+    product(slice, phase, weight, HFF_ACT_NONE, a, onto_x, direct);
     barrier->wait();
   }
 
   // o without a residual, to the caller.
   void o_out() const {
     T* out = static_cast<T*>(io->attention_out.data);
-    product(Scratch::kO, block.o, HFF_ACT_NONE, scratch.context,
+    product(0, Scratch::kO, Weight(block.o), HFF_ACT_NONE, scratch.context,
             [&](int64_t row, int64_t column, int64_t n, F v) {
               store_n(v, out + row * block.hidden + column, n);
             });
     barrier->wait();
   }
 
-  bool parallel() const { return block.residual == HFF_RESIDUAL_PARALLEL; }
+  // act = a slice of the activated up(in); to the caller where the stage ends with it
+  void up(int64_t slice, const Operands<P>& in) const {
+    T* out = stage == HFF_STAGE_ATTENTION_UP ? static_cast<T*>(io->up_out.data) : nullptr;
+    const int64_t count = block.mlp_width / slices.mlp;
+    product(slice, Scratch::kUp, Weight::of(block.up, slice * count, count, 0, block.up.cols),
+            block.activation, in, [&](int64_t row, int64_t column, int64_t n, F v) {
+              if (out != nullptr) return store_n(v, out + row * block.mlp_width + column, n);
+              store_input<P>(rounded<T>(v), scratch.act.row(row), column, n, count);
+            });
+    for (int64_t r = first_row(); out == nullptr && r < end_row(); ++r)
+      zero_tail<P>(scratch.act.row(r), count);
+    barrier->wait();
+  }
 
   void run() const {
     norm_in();
-    qkv();
-    if (parallel() && stage != HFF_STAGE_ATTENTION) up(scratch.second);
-    barrier->wait();
-    append();
-    attend();
-    if (parallel() && stage == HFF_STAGE_FULL) {
-      down_to_mlp();
-      return add_product(Scratch::kO, block.o, scratch.context, scratch.mlp);
+    for (int64_t i = 0; i < slices.heads; ++i) {
+      const SliceOfHeads s = heads_of(i);
+      attention(s);
+      if (stage != HFF_STAGE_FULL) continue;
+      add_product(i, Scratch::kO, Weight::of(block.o, 0, block.hidden, i * s.q_width, s.q_width),
+                  scratch.context);
     }
-    if (parallel() || stage == HFF_STAGE_ATTENTION) return o_out();
     const bool post = block.residual == HFF_RESIDUAL_POST_NORM;
-    add_product(Scratch::kO, block.o, scratch.context, nullptr);
-    norm(post ? block.attention_norm : block.mlp_norm, scratch.normed, post);
-    barrier->wait();
-    up(scratch.normed);
-    barrier->wait();
-    if (stage != HFF_STAGE_FULL) return;
-    add_product(Scratch::kDown, block.down, scratch.act, nullptr);
-    if (post) norm(block.mlp_norm, scratch.normed, true);
+    if (stage != HFF_STAGE_FULL && (parallel() || stage == HFF_STAGE_ATTENTION)) o_out();
+    if (stage == HFF_STAGE_ATTENTION) return;
+    if (!parallel()) {
+      if (stage == HFF_STAGE_ATTENTION_UP)
+        add_product(0, Scratch::kO, Weight(block.o), scratch.context);
+      norm(post ? block.attention_norm : block.mlp_norm, scratch.normed, post);
+      barrier->wait();
+    }
+    for (int64_t i = 0; i < slices.mlp; ++i) {
+      up(i, parallel() ? scratch.second : scratch.normed);
+      if (stage != HFF_STAGE_FULL) continue;
+      const int64_t count = block.mlp_width / slices.mlp;
+      add_product(i, Scratch::kDown, Weight::of(block.down, 0, block.hidden, i * count, count),
+                  scratch.act);
+    }
+    if (post && stage == HFF_STAGE_FULL) norm(block.mlp_norm, scratch.normed, true);
   }
 };
 

@@ -20,7 +20,7 @@ constexpr int kTileRows = 6;  // 12, 2, 1 of 16
 #else
 constexpr int kTileRows = 2;  // 8, 4, 2 of 16, four floats each
 #endif
-constexpr int64_t kGroupBytes = 256 * 1024;  // panels of a group: a quarter of L2 or less
+constexpr int64_t kGroupBytes = 128 * 1024;  // panels of a group: an eighth of L2 or less
 constexpr int64_t kSumDepth = 128;  // fp32 products added up before they join the sum: the error of
                                     // one chain of 768 is twice that
 constexpr int64_t kMaxTileRows = 32;  // of any product; rows of a tile buffer
@@ -40,9 +40,14 @@ HFF_INLINE int64_t operand_stride(int64_t cols) {
   const int64_t whole = (cols + kTileDepth - 1) / kTileDepth * kTileDepth;
   return P::kParts * whole + 64 / static_cast<int64_t>(sizeof(typename P::Input));
 }
+// Rows of A with those that a tile reads past the last.
 HFF_INLINE Size operand_rows(int64_t rows) {
+#if defined(HFF_TILES)
   const Size sum = Size(rows) + Size(kMaxTileRows - 1);
   return sum.ok() ? Size(sum.value() / kMaxTileRows * kMaxTileRows) : sum;
+#else
+  return Size(rows);
+#endif
 }
 
 // Stores n values, already rounded to T, as A[row][k .. k + n).
@@ -158,9 +163,43 @@ HFF_INLINE void multiply_rows(int64_t rows, const typename P::Input* a, int64_t 
   }
 }
 
+// onto[r][0, kPanel) += c[r][kPanel], rows of `onto` stride apart.
+HFF_INLINE void add_tile(const float* c, int64_t rows, float* onto, int64_t stride) {
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t j = 0; j < kPanel; j += kLanes) {
+      float* at = onto + r * stride + j;
+      store(add(load(c + r * kPanel + j), load(at)), at);
+    }
+  }
+}
+
 // ---- units --------------------------------------------------------------------------------------
 
 HFF_INLINE int64_t ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by; }
+
+// A block of a weight: the product of some of A's columns with it, into some of C's. Its first row
+// is a panel's, its first column a multiple of kTileDepth, and without that first column it has no
+// bias.
+template <class T, class P>
+struct Slice {
+  hff_linear linear;       // the block; `packed` is the whole weight's
+  int64_t stride, offset;  // elements of packed panels: from one to the next, before the block
+
+  explicit Slice(const hff_linear& whole)
+      : linear(whole), stride(panel_elements<P>(whole.cols)), offset(0) {}
+
+  static Slice of(const hff_linear& whole, int64_t row, int64_t rows, int64_t col, int64_t cols) {
+    Slice s(whole);
+    const T* weight = static_cast<const T*>(whole.weight.data);
+    const T* bias = static_cast<const T*>(whole.bias.data);
+    s.linear.weight.data = weight + row * whole.row_stride + col;
+    s.linear.bias.data = bias != nullptr && col == 0 ? bias + row : nullptr;
+    s.linear.rows = rows;
+    s.linear.cols = cols;
+    s.offset = row / kPanel * s.stride + col * kPanel;
+    return s;
+  }
+};
 
 // How one product is cut: `groups` of panels times `strips` of rows, all of nearly one size.
 struct GemmUnits {
@@ -172,7 +211,7 @@ struct GemmUnits {
     const int64_t bytes =
         panel_elements<P>(linear.cols) * static_cast<int64_t>(sizeof(typename P::Element));
     const int64_t most = kGroupBytes / bytes < 1 ? 1 : kGroupBytes / bytes;
-    const int64_t wanted = threads == 1 ? 1 : 4 * threads;  // units a thread may be left without
+    const int64_t wanted = threads == 1 ? 1 : 2 * threads;  // more would pack the same panels again
     u.groups = ceil_div(u.panels, most);
     if (u.groups < wanted) u.groups = wanted < u.panels ? wanted : u.panels;
     u.groups = ceil_div(u.groups, threads) * threads;
@@ -193,21 +232,25 @@ HFF_INLINE int64_t group_room(int64_t cols) {
   return panel > group ? panel : group;
 }
 
-// Unit `index`: calls finish(row, rows, column, columns, c) for every tile, c[r][kPanel] in fp32.
+// Unit `index`: calls finish(row, rows, column, columns, c) for every tile, c[r][kPanel] in fp32;
+// with `onto`, rows onto_stride apart, adds whole panels to it without.
 template <class T, class P, class Finish>
-static void gemm_unit(const hff_linear& linear, const GemmUnits& units, int64_t index,
-                      const Operands<P>& a, typename P::Element* scratch, Finish finish) {
+static void gemm_unit(const Slice<T, P>& slice, const GemmUnits& units, int64_t index,
+                      const Operands<P>& a, typename P::Element* scratch, Finish finish,
+                      float* onto = nullptr, int64_t onto_stride = 0) {
+  const hff_linear& linear = slice.linear;
   const int64_t group = index / units.strips, strip = index % units.strips;
   const int64_t begin = units.panels * group / units.groups;
   const int64_t end = units.panels * (group + 1) / units.groups;
   const int64_t first = units.rows * strip / units.strips;
   const int64_t last = units.rows * (strip + 1) / units.strips;
-  const int64_t elements = panel_elements<P>(linear.cols);
+  int64_t elements = panel_elements<P>(linear.cols);
   const typename P::Element* panels = scratch;
   if (linear.packed.data != nullptr) {
+    elements = slice.stride;
     panels = reinterpret_cast<const typename P::Element*>(
                  static_cast<const char*>(linear.packed.data) + kPackedHeader) +
-             begin * elements;
+             slice.offset + begin * elements;
   } else {
     for (int64_t p = begin; p < end; ++p)
       pack_panel<T, P>(linear, p, scratch + (p - begin) * elements);
@@ -220,6 +263,10 @@ static void gemm_unit(const hff_linear& linear, const GemmUnits& units, int64_t 
     for (int64_t p = begin; p < end; ++p) {
       multiply_rows<P>(rows, a.row(row), a.stride, panels + (p - begin) * elements, linear.cols, c);
       const int64_t column = p * kPanel, left = linear.rows - column;
+      if (onto != nullptr && left >= kPanel) {
+        add_tile(c, rows, onto + row * onto_stride + column, onto_stride);
+        continue;
+      }
       finish(row, rows, column, left < kPanel ? left : kPanel, c);
     }
   }

@@ -1,4 +1,4 @@
-"""The process in which the peak memory of one contender of `work` is measured."""
+"""The process in which the memory of one contender of `work` is measured."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import Any
 
 from safetensors.torch import load_file
 
+from hf_fusion.transform.meter import peak_bytes
+
 from . import peers
 from .contenders import matmul_precision, peer_contender, rung_contender
 from .encoders import load_any
@@ -18,7 +20,10 @@ from .timing import torch_threads
 
 
 def child() -> None:
-    """A request in the first argument, the answer on stdout, both JSON."""
+    """A request in the first argument, the answer on stdout, both JSON: bytes resident before and
+    at the peak, and, for what torch allocates, the most that one call holds beside inputs, weights
+    and packed copies.
+    """
     print(json.dumps(_measure(json.loads(sys.argv[1]))))
 
 
@@ -43,4 +48,7 @@ def _measure(request: dict[str, Any]) -> dict[str, int]:
             else:
                 contender = rung_contender(loaded.model, kind, name, request["backend"])
             contender.call(inputs)
-            return {"loaded": before, "peak": resident()[1]}
+            memory = {"loaded": before, "peak": resident()[1]}
+            if name not in peers.PEERS or name == peers.COMPILE:
+                memory["activations"] = peak_bytes(lambda: contender.call(inputs))
+            return memory

@@ -67,9 +67,12 @@ def draw_work(target: Any, result: WorkResult) -> None:
         axes.set_title(title, loc="left")
 
 
+_MEMORY = ["peak MiB", "activations MB"]
+
+
 def _header(item: WorkItem, memory: bool) -> list[str]:
     header = ["work", "contender", "ms (quartiles)", item.work.unit, "stock / it", "GFLOP"]
-    header += ["share of measured peak"] + (["peak MiB"] if memory else [])
+    header += ["share of measured peak"] + (_MEMORY if memory else [])
     return [*header, "error / stock's", "verdict", "calls fused / refused"]
 
 
@@ -94,7 +97,10 @@ def _cells(item: WorkItem, row: WorkRow, memory: bool) -> list[str]:
         f"{item.flops / 1e9:.2f}",
         figure(row.peak_share, "{:.2f}"),
     ]
-    cells += [figure(row.memory and row.memory["peak"] / 2**20, "{:.0f}")] if memory else []
+    if memory:
+        found = row.memory or {}
+        cells.append(figure(found.get("peak") and found["peak"] / 2**20, "{:.0f}"))
+        cells.append(figure(found.get("activations") and found["activations"] / 1e6, "{:.2f}"))
     verdict = "baseline" if row.name == STOCK else "failed" if row.failure else "ok"
     return [*cells, figure(row.parity and row.parity.ratio, "{:.2f}"), verdict, counts(row.calls)]
 

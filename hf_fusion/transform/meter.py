@@ -2,8 +2,9 @@
 
 Kernels and bytes written come from the dispatcher: an operator counts where it allocates a result
 or writes into an operand; views and bare allocations do not. Peak memory comes from the allocator's
-own events, which see temporaries inside operators; inputs and weights are not in it. Work that the
-dispatcher cannot see, a native call or a compiled region, announces itself by `opaque`.
+own events, which see temporaries inside operators, and from native calls, which say what they took;
+inputs and weights are not in it. Work that the dispatcher cannot see, a native call or a compiled
+region, announces itself by `opaque`.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+from .. import scratch
 
 _BARE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
 _active = threading.local()
@@ -103,7 +106,7 @@ def kernels(call: Callable[[], Any]) -> tuple[int, int, dict[str, int]]:
 @torch.no_grad()
 def peak_bytes(call: Callable[[], Any]) -> int:
     """The most memory that one call holds at once above what it began with, results included."""
-    with torch.profiler.profile(
+    with scratch.as_tensors(), torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
     ) as profile:
         result = call()

@@ -27,8 +27,10 @@ class BlockCase : public CaseOf<BlockCase> {
     stage_ = designed ? design.stage
                       : static_cast<int32_t>(random.range(HFF_STAGE_ATTENTION, HFF_STAGE_FULL));
     call_ = draw_call(random, arena, design, dtype_, heads, false);
-    if (call_.rows() > CallData::kFewRows && !designed)
-      mlp = std::min<int64_t>(mlp, 130), hidden = std::min<int64_t>(hidden, 130);
+    if (call_.rows() > CallData::kFewRows && !designed) {
+      mlp = random.chance(0.2) ? 256 : std::min<int64_t>(mlp, 130);  // 256: in slices on every set
+      hidden = std::min<int64_t>(hidden, 130);
+    }
     block_ = BlockData::random(random, arena, dtype_, heads, hidden, mlp,
                                designed ? design.residual : draw_residual(random),
                                static_cast<int32_t>(random.range(HFF_ACT_NONE, HFF_ACT_SILU)),

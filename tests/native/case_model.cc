@@ -30,7 +30,8 @@ class ModelCase : public CaseOf<ModelCase> {
     }
     call_ = draw_call(random, arena, design, dtype_, heads, true);
     if (call_.rows() > CallData::kFewRows && !design.heads) {
-      hidden_ = std::min<int64_t>(hidden_, 70), mlp = std::min<int64_t>(mlp, 100);
+      hidden_ = std::min<int64_t>(hidden_, 70);
+      mlp = random.chance(0.2) ? 256 : std::min<int64_t>(mlp, 100);  // 256: in slices on every set
       layers = std::min<int64_t>(layers, 2);
     }
     const int32_t kind = random.pick<int32_t>({HFF_NORM_LAYER, HFF_NORM_RMS});
