@@ -7,8 +7,8 @@
 //   its rows in tiles of registers (gemm-inl.h): scores, weights and product of a tile stay in L1.
 //   Up to kSplitRows rows of a k/v head are split over keys, kSplit at a time: the size is fixed,
 //   so no bit depends on threads or batch; the splits' results are merged in their order. Up to
-//   kRowwise rows (decode) take keys and values as they lie, row by row (attention-inl.h): in a
-//   group all heads read a chunk while it is in L1.
+//   kRowwise rows (decode) take keys and values as they lie (attention-inl.h), a chunk at a time for
+//   all heads of a group, which share its loads kTogether at a time where they see the same keys.
 // Scratch per thread: queries and context of a block, panels of a block of keys; no term grows with
 //   queries or keys but the splits' results.
 // Bytes: K and V once per block of rows, or once per decode. Bound: multiply-adds; decode: the read
@@ -19,6 +19,68 @@ namespace HFF_ISA {
 
 constexpr int64_t kSplitRows = 64;
 constexpr int64_t kRowwise = 8;
+constexpr int64_t kTogether = 4;  // rows by four vectors of context: 16 sums, 4 values, a weight
+
+// scores[r][0, n) = q[r] . key of the n listed keys (all of 0 .. n-1 without a list).
+template <class T>
+static void score_together(const T* keys, int64_t stride, const int32_t* list, int64_t n,
+                           const float (*q)[kMaxHead + kLanes], int64_t dim,
+                           float (*scores)[kChunk + kLanes]) {
+  const int64_t whole = dim / kLanes * kLanes;
+  for (int64_t j = 0; j < n; ++j) {
+    const T* key = keys + (list != nullptr ? list[j] : j) * stride;
+    F sums[kTogether] = {zero(), zero(), zero(), zero()};
+    for (int64_t d = 0; d < whole; d += kLanes) {
+      const F k = load(key + d);
+      for (int r = 0; r < kTogether; ++r) sums[r] = fma(k, load(q[r] + d), sums[r]);
+    }
+    if (whole < dim) {
+      const F k = load_n(key + whole, dim - whole);
+      for (int r = 0; r < kTogether; ++r) sums[r] = fma(k, load(q[r] + whole), sums[r]);
+    }
+    for (int r = 0; r < kTogether; ++r) scores[r][j] = sum(sums[r]);
+  }
+}
+
+// kVectorsWide vectors of context[r] = context[r] * decay[r] + sum_j weights[r][j] value[j], rows
+// `room` apart; the last vector has `tail` elements.
+template <class T, int kVectorsWide>
+static void add_columns(const T* values, int64_t stride, const int32_t* list,
+                        const float (*weights)[kChunk + kLanes], int64_t n, const float* decay,
+                        int64_t tail, float* context, int64_t room) {
+  F sums[kTogether][kVectorsWide];
+  for (int r = 0; r < kTogether; ++r) {
+    for (int v = 0; v < kVectorsWide; ++v)
+      sums[r][v] = mul(load(context + r * room + v * kLanes), set1(decay[r]));
+  }
+  for (int64_t j = 0; j < n; ++j) {
+    const T* value = values + (list != nullptr ? list[j] : j) * stride;
+    F x[kVectorsWide];
+    for (int v = 0; v < kVectorsWide - 1; ++v) x[v] = load(value + v * kLanes);
+    x[kVectorsWide - 1] = load_n(value + (kVectorsWide - 1) * kLanes, tail);
+    for (int r = 0; r < kTogether; ++r) {
+      const F w = set1(weights[r][j]);
+      for (int v = 0; v < kVectorsWide; ++v) sums[r][v] = fma(x[v], w, sums[r][v]);
+    }
+  }
+  for (int r = 0; r < kTogether; ++r) {
+    for (int v = 0; v < kVectorsWide; ++v) store(sums[r][v], context + r * room + v * kLanes);
+  }
+}
+
+template <class T>
+static void add_together(const T* values, int64_t stride, const int32_t* list,
+                         const float (*weights)[kChunk + kLanes], int64_t n, const float* decay,
+                         int64_t dim, float* context, int64_t room) {
+  constexpr int64_t kWide = 4 * kLanes;
+  int64_t d = 0;
+  for (; d + kWide <= dim; d += kWide)
+    add_columns<T, 4>(values + d, stride, list, weights, n, decay, kLanes, context + d, room);
+  for (; d < dim; d += kLanes) {
+    const int64_t tail = dim - d < kLanes ? dim - d : kLanes;
+    add_columns<T, 1>(values + d, stride, list, weights, n, decay, tail, context + d, room);
+  }
+}
 
 template <class T, class P>
 struct FlashAttend {
@@ -137,9 +199,13 @@ struct FlashAttend {
       tops[r] = kHidden;
       tiles.totals[r] = 0.0f;
     }
+    const bool alike = a.io.queries == 1 && (!a.masked() || a.io.mask_head_stride == 0);
     for (int64_t j = begin; j < end; j += kChunk) {
       const int64_t stop = end - j < kChunk ? end : j + kChunk;
-      for (int64_t r = 0; r < rows; ++r) fold_row(a, b, g, r, j, stop, q[r]);
+      int64_t r = 0;
+      for (; alike && r + kTogether <= rows; r += kTogether)
+        fold_together(a, b, g, r, j, stop, q + r);
+      for (; r < rows; ++r) fold_row(a, b, g, r, j, stop, q[r]);
     }
   }
 
@@ -161,6 +227,32 @@ struct FlashAttend {
                a.io.mask.kind == HFF_MASK_ADDITIVE ? bias : nullptr, n, q, a.io.head_dim, &state);
     tops[r] = state.top;
     tiles.totals[r] = state.total;
+  }
+
+  // Heads [r, r + kTogether) of the only query, which see the same keys; `j` and `stop` are within.
+  void fold_together(const Attend<T>& a, int64_t b, int64_t g, int64_t r, int64_t j, int64_t stop,
+                     const float (*q)[kMaxHead + kLanes]) const {
+    int32_t list[kChunk];
+    float bias[kChunk], scores[kTogether][kChunk + kLanes], decay[kTogether];
+    const int64_t n = a.masked()
+                          ? visible_keys<T>(a.mask_of(a.head_of(g, r)), b, 0, j, stop, list, bias)
+                          : stop - j;
+    if (n == 0) return;
+    const int32_t* listed = n == stop - j ? nullptr : list;
+    score_together(a.k(b, g, j), a.io.k_strides.token, listed, n, q, a.io.head_dim, scores);
+    for (int64_t u = 0; u < kTogether; ++u) {
+      for (int64_t x = 0; a.io.mask.kind == HFF_MASK_ADDITIVE && x < n; ++x)
+        scores[u][x] += bias[x];
+      Softmax state{tops[r + u], tiles.totals[r + u], nullptr};
+      decay[u] = weigh(scores[u], n, &state);
+      tops[r + u] = state.top;
+      tiles.totals[r + u] = state.total;
+      if (decay[u] >= 0.0f) continue;
+      decay[u] = 1.0f;
+      for (int64_t x = 0; x < n; ++x) scores[u][x] = 0.0f;
+    }
+    add_together(a.v(b, g, j), a.io.v_strides.token, listed, scores, n, decay, a.io.head_dim,
+                 tiles.context + r * tiles.context_room, tiles.context_room);
   }
 };
 

@@ -5,7 +5,7 @@
 // Work split: a unit is one row (batch row, head, query) of a step; a barrier between steps.
 // Bytes: S is written once, read and written once, read once; K and V are read once per query, from
 //   the cache that holds them. Bound: loads, one per multiply-add, and memory where S exceeds L3.
-// Rounding: dots fp32, one at a time.
+// Rounding: fp32; a context is summed kSumDepth keys at a time, and those sums in order.
 
 namespace hff {
 namespace HFF_ISA {
@@ -15,13 +15,15 @@ struct NaiveRun {
   static constexpr AttendBlocks blocks{0, 0};  // none
   Attend<T> attend;
   float* scores;      // (batch, heads, queries, row_room)
-  float* lines;       // (threads, row_room + head_dim): a row's bias, and its context
+  float* lines;       // (threads, row_room + 2 head_dim): a row's bias, its context, a part of it
   Counter* counters;  // (3)
   int64_t row_room, line_room;
   Barrier barrier;
 
   explicit NaiveRun(const hff_attend_io& io)
-      : attend(io), row_room(pad_lanes(io.keys)), line_room(row_room + pad_lanes(io.head_dim)) {}
+      : attend(io),
+        row_room(pad_lanes(io.keys)),
+        line_room(row_room + 2 * pad_lanes(io.head_dim)) {}
   void carve(Arena* arena) {
     const hff_attend_io& io = attend.io;
     const Size rows = Size(io.batch) * Size(io.heads) * Size(io.queries);
@@ -77,8 +79,16 @@ struct NaiveRun {
     });
     run.each_row(2, [&](int64_t b, int64_t h, int64_t i, float* row) {
       bias_of(run.attend, b, h, i, 0, io.keys, run.row_room, bias);
-      for (int64_t d = 0; d < io.head_dim; d += kLanes) store(zero(), context + d);
-      add_seen_values(run.attend, b, h / run.attend.group, 0, io.keys, row, bias, context);
+      const int64_t dim = pad_lanes(io.head_dim);
+      float* part = context + dim;
+      for (int64_t d = 0; d < dim; d += kLanes) store(zero(), context + d);
+      for (int64_t j = 0; j < io.keys; j += kSumDepth) {
+        const int64_t n = io.keys - j < kSumDepth ? io.keys - j : kSumDepth;
+        for (int64_t d = 0; d < dim; d += kLanes) store(zero(), part + d);
+        add_seen_values(run.attend, b, h / run.attend.group, j, n, row + j, bias + j, part);
+        for (int64_t d = 0; d < dim; d += kLanes)
+          store(add(load(context + d), load(part + d)), context + d);
+      }
       store_context(run.attend, context, 1.0f, b, h, i);
     });
   }

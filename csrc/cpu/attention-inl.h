@@ -262,20 +262,16 @@ static void add_values(const T* values, int64_t stride, const int32_t* list, con
   }
 }
 
-// Folds the listed keys of one chunk into the running softmax.
-template <class T>
-static void fold_chunk(const T* keys, int64_t key_stride, const T* values, int64_t value_stride,
-                       const int32_t* list, const float* bias, int64_t n, const float* q,
-                       int64_t dim, Softmax* state) {
-  float scores[kChunk + kLanes];
-  score_keys(keys, key_stride, list, bias, n, q, dim, scores);
+// Turns n scores, with room for a vector more, into weights; returns what the context is to be
+// multiplied with, or -1 where there is nothing but -inf, which weighs nothing.
+static float weigh(float* scores, int64_t n, Softmax* state) {
   float top = state->top;
-  bool dead = true;  // nothing but -inf, which weighs nothing
+  bool dead = true;
   for (int64_t j = 0; j < n; ++j) {
     top = scores[j] > top ? scores[j] : top;
     dead &= scores[j] == -__builtin_inff();
   }
-  if (dead) return;
+  if (dead) return -1.0f;
   F total = zero();
   for (int64_t j = n; j < pad_lanes(n); ++j) scores[j] = -__builtin_inff();
   for (int64_t j = 0; j < n; j += kLanes) {
@@ -287,7 +283,19 @@ static void fold_chunk(const T* keys, int64_t key_stride, const T* values, int64
   store(exp_negative(set1(state->top - top)), decay);
   state->total = state->total * decay[0] + sum(total);
   state->top = top;
-  add_values(values, value_stride, list, scores, n, decay[0], dim, state->context);
+  return decay[0];
+}
+
+// Folds the listed keys of one chunk into the running softmax.
+template <class T>
+static void fold_chunk(const T* keys, int64_t key_stride, const T* values, int64_t value_stride,
+                       const int32_t* list, const float* bias, int64_t n, const float* q,
+                       int64_t dim, Softmax* state) {
+  float scores[kChunk + kLanes];
+  score_keys(keys, key_stride, list, bias, n, q, dim, scores);
+  const float decay = weigh(scores, n, state);
+  if (decay < 0.0f) return;
+  add_values(values, value_stride, list, scores, n, decay, dim, state->context);
 }
 
 // Query (b, i) of head h over keys [begin, end).
