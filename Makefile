@@ -13,7 +13,8 @@ CUDA ?= $(if $(shell command -v nvidia-smi),AUTO,OFF)
 # Test processes; each runs kernels on up to two threads, which must not spin for one another.
 WORKERS ?= $(shell nproc | awk '{ print $$1 < 4 ? $$1 : 4 }')
 PYTEST_ARGS ?=
-FUZZ_ARGS ?=
+# Of `make sanitize`, per row and instruction set; each row's own count takes an hour.
+TRIALS ?=
 HIPCC ?= hipcc
 HIP_ARGS ?=
 # wave64, wave64, wave32
@@ -41,11 +42,12 @@ help:
 	@echo 'make demo       set up .venv, build, run the ablation and the perplexity parity'
 	@echo '                (tables, JSON and plots in $(RESULTS))'
 	@echo 'make test       set up .venv, build, run the test suite'
-	@echo 'make sanitize   native cases under address, undefined-behaviour and thread sanitizers'
+	@echo 'make sanitize   native cases under address, undefined-behaviour and thread sanitizers,'
+	@echo '                TRIALS=20 for a short run'
 	@echo 'make hip        the attention kernels for AMD GPUs, where hipcc is: compiled, not run'
 	@echo 'make venv       .venv with torch; make install: with this package, not editable'
 	@echo 'make clean      remove build/ and caches; make distclean: .venv as well'
-	@echo 'Variables: PYTHON VENV TORCH TORCH_INDEX TRANSFORMERS CUDA WORKERS PYTEST_ARGS FUZZ_ARGS'
+	@echo 'Variables: PYTHON VENV TORCH TORCH_INDEX TRANSFORMERS CUDA WORKERS PYTEST_ARGS TRIALS'
 
 venv: $(VENV)/torch.stamp
 install: $(VENV)/install.stamp
@@ -110,10 +112,10 @@ export UBSAN_OPTIONS ?= print_stacktrace=1
 export TSAN_OPTIONS ?= halt_on_error=1
 
 sanitize: build/address/hff_cases build/thread/hff_cases
-	build/address/hff_cases test
-	build/address/hff_cases fuzz $(FUZZ_ARGS)
-	build/address/hff_port_cases --seeds 100
-	$(FIXED_ADDRESSES) build/thread/hff_cases test
+	build/address/hff_cases test $(TRIALS:%=--trials %)
+	build/address/hff_cases fuzz $(TRIALS:%=--trials %00)
+	build/address/hff_port_cases --seeds $(or $(TRIALS),100)
+	$(FIXED_ADDRESSES) build/thread/hff_cases test $(TRIALS:%=--trials %)
 
 build/address/hff_cases: SANITIZERS := address,undefined
 build/thread/hff_cases: SANITIZERS := thread

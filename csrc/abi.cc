@@ -50,11 +50,11 @@ hff_model model_of(const hff_block& block) {
 }
 
 constexpr uint64_t kStructSizes[] = {
-    sizeof(hff_input),        sizeof(hff_output),    sizeof(hff_linear),     sizeof(hff_norm),
-    sizeof(hff_heads),        sizeof(hff_block),     sizeof(hff_cache),      sizeof(hff_mask),
-    sizeof(hff_call),         sizeof(hff_block_io),  sizeof(hff_model),      sizeof(hff_model_io),
-    sizeof(hff_attention_io), sizeof(hff_linear_io), sizeof(hff_norm_io),    sizeof(hff_device),
-    sizeof(hff_strides),      sizeof(hff_attend_io), sizeof(hff_attend_plan)};
+    sizeof(hff_input),     sizeof(hff_output),     sizeof(hff_linear), sizeof(hff_norm),
+    sizeof(hff_heads),     sizeof(hff_block),      sizeof(hff_cache),  sizeof(hff_mask),
+    sizeof(hff_call),      sizeof(hff_block_io),   sizeof(hff_model),  sizeof(hff_model_io),
+    sizeof(hff_linear_io), sizeof(hff_norm_io),    sizeof(hff_device), sizeof(hff_strides),
+    sizeof(hff_attend_io), sizeof(hff_attend_plan)};
 
 }  // namespace
 }  // namespace hff
@@ -92,19 +92,6 @@ hff_status hff_block_forward(const hff_call* call, const hff_block* block, const
   HFF_TRY(check_keys(cache, *call, block->heads));
   HFF_TRY(check_positions(*call, block->heads.rotary_dim));
   return dispatch_on(*call, model_of(*block), &Backend::block, *block, cache, *io);
-}
-
-hff_status hff_attention_forward(const hff_call* call, const hff_heads* heads,
-                                 const hff_cache* cache, const hff_attention_io* io) {
-  HFF_REQUIRE(call != nullptr && heads != nullptr && io != nullptr,
-              "a struct of hff_attention_forward is null");
-  HFF_TRY(check_call(*call));
-  if (!on_host(*call)) return fail(HFF_UNSUPPORTED, "attention by itself runs on the CPU only");
-  HFF_TRY(check_heads(*heads));
-  HFF_TRY(check_attention_io(*io, *call, *heads));
-  HFF_TRY(check_keys(cache, *call, *heads));
-  HFF_TRY(check_positions(*call, heads->rotary_dim));
-  return dispatch(&Backend::attention, *call, *heads, cache, *io);
 }
 
 hff_status hff_linear_forward(const hff_linear* linear, const hff_linear_io* io) {
@@ -194,22 +181,6 @@ uint64_t hff_fingerprint(const hff_linear* linears, int64_t count, int32_t dtype
     sum = fingerprint(l, size, phase, sum);
   }
   return sum;
-}
-
-hff_status hff_advance(const hff_cache* caches, int64_t count, int64_t tokens) {
-  HFF_REQUIRE(caches != nullptr && count >= 0 && tokens >= 0,
-              "caches are null, or count %lld or tokens %lld negative", shown(count),
-              shown(tokens));
-  for (int64_t i = 0; i < count; ++i) {
-    HFF_REQUIRE(caches[i].length != nullptr, "length of cache %lld is null", shown(i));
-    if (!(Size(*caches[i].length) + Size(tokens)).fits(caches[i].capacity)) {
-      return fail(HFF_OUT_OF_RANGE,
-                  "cache %lld has room for %lld tokens, holds %lld and should count %lld more",
-                  shown(i), shown(caches[i].capacity), shown(*caches[i].length), shown(tokens));
-    }
-  }
-  for (int64_t i = 0; i < count; ++i) *caches[i].length += tokens;
-  return HFF_OK;
 }
 
 hff_status hff_describe_device(int32_t device, int32_t ordinal, hff_device* out) {

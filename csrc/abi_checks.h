@@ -240,16 +240,4 @@ inline hff_status check_block_io(const hff_block_io& io, const hff_call& call, c
   return check_buffer(io.up_out, rows * Size(b.mlp_width), size, "up_out");
 }
 
-inline hff_status check_attention_io(const hff_attention_io& io, const hff_call& call,
-                                     const hff_heads& h) {
-  const int64_t size = element_bytes(call.dtype);
-  const Size rows = rows_of(call), width = qkv_rows(h);
-  HFF_REQUIRE(io.struct_size == sizeof(hff_attention_io),
-              "hff_attention_io has another size for the caller");
-  HFF_REQUIRE(width.fits(io.qkv_row_stride), "qkv_row_stride is %lld, shorter than a row",
-              shown(io.qkv_row_stride));
-  HFF_TRY(check_buffer(io.qkv, last_offset(rows.value(), io.qkv_row_stride) + width, size, "qkv"));
-  return check_buffer(io.out, rows * Size(h.heads) * Size(h.head_dim), size, "out");
-}
-
 }  // namespace hff

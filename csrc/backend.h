@@ -9,8 +9,6 @@ struct Backend {
   // caches, or a cache, may be null: nothing is kept
   hff_status (*model)(const hff_call&, const hff_model&, const hff_cache*, const hff_model_io&);
   hff_status (*block)(const hff_call&, const hff_block&, const hff_cache*, const hff_block_io&);
-  hff_status (*attention)(const hff_call&, const hff_heads&, const hff_cache*,
-                          const hff_attention_io&);
   hff_status (*linear)(const hff_linear&, const hff_linear_io&);
   hff_status (*norm)(const hff_norm&, const hff_norm_io&);
   int64_t (*packed_bytes)(int32_t dtype, int32_t precision, int64_t rows, int64_t cols);

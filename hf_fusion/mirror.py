@@ -182,12 +182,6 @@ class ModelIo(ctypes.Structure):
     ]
 
 
-class AttentionIo(ctypes.Structure):
-    """hff_attention_io."""
-
-    _fields_ = [("struct_size", c_uint64), ("qkv", Buffer), ("qkv_row_stride", c_int64), ("out", Buffer)]
-
-
 class LinearIo(ctypes.Structure):
     """hff_linear_io."""
 
@@ -287,8 +281,8 @@ class AttendPlan(ctypes.Structure):
 
 
 STRUCTS = (
-    Buffer, Buffer, Linear, Norm, Heads, Block, Cache, Mask, Call, BlockIo, Model, ModelIo, AttentionIo, LinearIo, NormIo,
-    Device, Strides, AttendIo, AttendPlan,
+    Buffer, Buffer, Linear, Norm, Heads, Block, Cache, Mask, Call, BlockIo, Model, ModelIo, LinearIo, NormIo, Device,
+    Strides, AttendIo, AttendPlan,
 )  # fmt: skip
 
 

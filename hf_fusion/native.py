@@ -29,7 +29,6 @@ _REASONS = {
 _SIGNATURES = {
     "hff_model_forward": (c_int32, [POINTER(Call), POINTER(Model), POINTER(Cache), POINTER(ModelIo)]),
     "hff_block_forward": (c_int32, [POINTER(Call), POINTER(Block), POINTER(Cache), POINTER(BlockIo)]),
-    "hff_attention_forward": (c_int32, [POINTER(Call), POINTER(Heads), POINTER(Cache), POINTER(AttentionIo)]),
     "hff_linear_forward": (c_int32, [POINTER(Linear), POINTER(LinearIo)]),
     "hff_norm_forward": (c_int32, [POINTER(Norm), POINTER(NormIo)]),
     "hff_attend": (c_int32, [POINTER(AttendIo)]),
@@ -37,7 +36,6 @@ _SIGNATURES = {
     "hff_packed_bytes": (c_int64, [c_int32, c_int32, c_int64, c_int64]),
     "hff_pack": (c_int32, [POINTER(Linear), c_int32, c_int32, c_int32, POINTER(Buffer)]),
     "hff_fingerprint": (c_uint64, [POINTER(Linear), c_int64, c_int32, c_int64]),
-    "hff_advance": (c_int32, [POINTER(Cache), c_int64, c_int64]),
     "hff_describe_device": (c_int32, [c_int32, c_int32, POINTER(Device)]),
     "hff_workspace_bytes": (c_int64, [POINTER(Call), POINTER(Model)]),
     "hff_abi_version": (c_int32, []),

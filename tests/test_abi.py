@@ -176,22 +176,6 @@ def test_packed_bytes_are_zero_where_nothing_can_be_packed():
     assert packed_bytes(3, 0, 8, 8) == packed_bytes(0, 3, 8, 8) == packed_bytes(-1, -1, 8, 8) == 0
 
 
-def test_advance_moves_every_length_or_none():
-    cells = (ctypes.c_int64 * 3)(4, 5, 6)
-    caches = (native.Cache * 3)()
-    for i, cache in enumerate(caches):
-        cache.capacity, cache.length = 8, ctypes.addressof(cells) + 8 * i
-    library = native.load()
-    assert library.hff_advance(caches, 3, 2) == native.OK
-    assert list(cells) == [6, 7, 8]
-    for tokens in (1, 2, 2**62, 2**63 - 1):
-        assert library.hff_advance(caches, 3, tokens) == native.OUT_OF_RANGE
-    assert library.hff_advance(caches, 3, -1) == native.INVALID
-    assert library.hff_advance(caches, -1, 1) == native.INVALID
-    assert library.hff_advance(None, 1, 1) == native.INVALID
-    assert list(cells) == [6, 7, 8]
-
-
 def device_call(**changes):
     """A call of a model of one layer on CUDA, as hff_workspace_bytes takes it; what it points into comes along."""
     memory = (ctypes.c_char * 4096)()

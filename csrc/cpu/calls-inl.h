@@ -1,74 +1,7 @@
-// The entry points of one instruction set: which kernels take a call, attention by itself, single
-//   operations, packing.
+// The entry points of one instruction set: which kernels take a call, single operations, packing.
 
 namespace hff {
 namespace HFF_ISA {
-
-// ---- attention of many rows ---------------------------------------------------------------------
-
-template <class T>
-struct FlashRun {
-  Attention<T, T> attention;
-  float* scratch;
-  Counter* counters;
-  T* out;
-  Barrier barrier;
-
-  static void work(void* self, int thread, int) {
-    FlashRun& run = *static_cast<FlashRun*>(self);
-    const Attention<T, T>& a = run.attention;
-    const int64_t tiles = ceil_div(a.longest(), kQueries), kv_heads = a.heads.kv_heads;
-    const int64_t kept = a.kept() ? a.call.batch * kv_heads * tiles : 0;
-    for (int64_t u = run.counters[0].take(); u < kept; u = run.counters[0].take()) {
-      const int64_t begin = u % tiles * kQueries, end = begin + kQueries;
-      a.append(u / tiles / kv_heads, u / tiles % kv_heads, begin,
-               end < a.call.queries ? end : a.call.queries);
-    }
-    run.barrier.wait();
-    const int64_t heads = a.heads.heads, pairs = a.call.batch * heads, dim = a.heads.head_dim;
-    const FlashScratch scratch(run.scratch + thread * FlashScratch::floats(dim), dim);
-    for (int64_t u = run.counters[1].take(); u < pairs * tiles; u = run.counters[1].take()) {
-      const int64_t b = u % pairs / heads, first = (tiles - 1 - u / pairs) * kQueries;
-      const int64_t left = a.queries(b) - first;
-      if (left <= 0) continue;
-      flash_unit(a, b, u % heads, first, left < kQueries ? left : kQueries, scratch,
-                 [&](int64_t row, int64_t column, int64_t n, F v) {
-                   store_n(v, run.out + row * heads * dim + column, n);
-                 });
-    }
-  }
-};
-
-template <class T>
-static hff_status attention_call(const hff_call& call, const hff_heads& heads,
-                                 const hff_cache* cache, const hff_attention_io& io) {
-  float* scratch = nullptr;
-  Counter* counters = nullptr;
-  // Keys that RoPE changes need a place, and qkv is the caller's: a cache for this call.
-  const bool own = cache == nullptr && heads.rotary_dim > 0;
-  const int64_t token = heads.head_dim, head = own ? call.queries * token : 0;
-  const int64_t row = heads.kv_heads * head;
-  const Size size = own ? Size(call.batch) * Size(row) : Size(0);
-  int64_t none = 0;
-  hff_cache rotated = {{}, {}, row, head, token, call.queries, &none};
-  const bool had = with_scratch([&](Arena* a) {
-    scratch = a->take<float>(Size(call.threads) * Size(FlashScratch::floats(heads.head_dim)));
-    counters = a->take<Counter>(2);
-    rotated.keys.data = a->take<T>(size);
-    rotated.values.data = a->take<T>(size);
-  });
-  if (!had) return fail(HFF_OUT_OF_MEMORY, "no memory for the scratch of an attention");
-  if (own) cache = &rotated;
-  for (int i = 0; i < 2; ++i) new (counters + i) Counter;
-  FlashRun<T> run{{call, heads, cache, static_cast<const T*>(io.qkv.data), io.qkv_row_stride},
-                  scratch,
-                  counters,
-                  static_cast<T*>(io.out.data),
-                  {}};
-  run_on_team(call.threads, FlashRun<T>::work, &run, &run.barrier);
-  if (cache != nullptr) *cache->length += call.queries;
-  return HFF_OK;
-}
 
 // ---- single operations --------------------------------------------------------------------------
 

@@ -1,18 +1,19 @@
-// Transformer layers for many rows: prefill and encoders, assembled from gemm-inl.h and flash-inl.h.
+// Transformer layers for many rows: prefill and encoders, assembled from gemm-inl.h and
+// attend-flash-inl.h.
 //   parallel:   y = x + attn(norm1(x)) + mlp(norm2(x))
 //   sequential: a = x + attn(norm1(x)); y = a + mlp(norm2(a))
 //   post-norm:  a = norm1(x + attn(x)); y = norm2(a + mlp(a))
 //     phases norm | { qkv | append | attend | o } | norm | { up | down } | norm
 // x: (rows, hidden) fp32 in scratch for all layers of a call; o and down add to it. qkv: (rows,
-//   width), model dtype, as hff_heads lays it out; without a cache its keys and values are read, and
-//   rotated, where they lie.
+//   width), model dtype, as hff_heads lays it out; queries, and without a cache keys and values, are
+//   read, and rotated, where they lie.
 // Slices: what is in braces runs for some heads, then the next, and for some of the MLP's width:
 //   little of qkv and act is in memory at once, and it stays in L2. The cut depends on the layer
 //   alone, so no bit depends on threads, or on the other rows of the call.
-// Work split: rows for norms, units of gemm-inl.h for products, units of flash-inl.h for attention;
+// Work split: rows for norms, units of gemm-inl.h for products, blocks of queries for attention;
 //   a barrier per `|`. Append is left out where there is neither cache nor RoPE.
-// Rounding to the model dtype: after each norm, q, k and v, after attention, after the activation
-//   and at the outputs; everything else is fp32.
+// Rounding to the model dtype: after each norm, q, k and v, after RoPE, after attention (within it
+//   as attend-inl.h says), after the activation and at the outputs; everything else is fp32.
 // Order of sums: each product as in gemm-inl.h, the slices of o and down in order onto x.
 // Bytes: weights once per phase and strip, activations from L2 or L3. Bound: multiply-adds.
 // Memory: x and the norms' output, then qkv and context of a slice, or act of one, in one place.
@@ -47,9 +48,14 @@ struct Slices {
   }
 };
 
+constexpr AttendBlocks kLayerBlocks{128, 64};
+
 // Scratch of a call of many rows. A second carving over the same sizes hands out the same pieces.
 template <class T, class P>
 struct GemmScratch {
+  // of q k^T and of weights by v: fp32 is multiplied as fp32 whatever the precision of products
+  using Exact = typename std::conditional<std::is_same<T, float>::value, Plain<float>, P>::type;
+  using Flash = FlashAttend<T, Exact>;
   enum { kQkv = 0, kKey, kValue, kAppend, kAttend, kO, kUp, kDown, kPhases };
 
   float* x;             // (rows, hidden)
@@ -104,8 +110,10 @@ struct GemmScratch {
     char* shared = arena->take<char>(act_larger ? between : attending);
     counters = arena->take<Counter>(counter_count(count, call.threads));
     const int64_t panels = group_room<P>(cols) * int64_t{sizeof(typename P::Element)};
-    const int64_t floats = larger(pad_lanes(hidden), FlashScratch::floats(dim));
-    own_room = (larger(panels, floats * 4) + 63) / 64 * 64;
+    Arena flash(nullptr);
+    flash_of(&flash, dim);
+    own_room = larger(larger(panels, pad_lanes(hidden) * 4), flash.used().value());
+    own_room = (own_room + 63) / 64 * 64;
     own = arena->take<char>(threads * Size(own_room));
     if (x == nullptr) return;
     qkv = reinterpret_cast<T*>(shared);
@@ -113,6 +121,13 @@ struct GemmScratch {
     act.data = reinterpret_cast<typename P::Input*>(shared);
     const int64_t counted = counter_count(count, call.threads).value();
     for (int64_t i = 0; i < counted; ++i) new (counters + i) Counter;
+  }
+  static Flash flash_of(Arena* arena, int64_t dim) {
+    hff_attend_io io = {};
+    io.head_dim = dim;
+    Flash flash;
+    flash.carve(arena, io, kLayerBlocks);
+    return flash;
   }
   static Size counter_count(int64_t layers, int32_t threads) {
     return (Size(layers) * Size(kMostSlices * kPhases) + Size(1)) * Size(threads);
@@ -262,34 +277,92 @@ struct GemmPass {
     rows_to(Scratch::kValue, v, values + s.index * s.kv_width, s.kv_width, s.q_width + s.kv_width);
   }
 
+  // Rotates q and k, and writes k and v to the cache if there is one.
   void append(const SliceOfHeads& s, const Attention<T, T>& attention) const {
     if (!attention.kept() && s.heads.rotary_dim == 0) return;
-    const int64_t tiles = ceil_div(call.queries, kQueries), heads = s.heads.kv_heads;
+    constexpr int64_t kTokens = 128;
+    const int64_t tiles = ceil_div(call.queries, kTokens), heads = s.heads.kv_heads;
     Shares units(counters_of(s.index, Scratch::kAppend), call.batch * heads * tiles, thread, width);
     for (int64_t u = units.take(); u >= 0; u = units.take()) {
-      const int64_t b = u / tiles / heads, begin = u % tiles * kQueries;
-      const int64_t end = begin + kQueries, queries = attention.queries(b);
-      attention.append(b, u / tiles % heads, begin, end < queries ? end : queries);
+      const int64_t b = u / tiles / heads, g = u / tiles % heads, begin = u % tiles * kTokens;
+      const int64_t queries = attention.queries(b);
+      const int64_t end = begin + kTokens < queries ? begin + kTokens : queries;
+      attention.append(b, g, begin, end);
+      for (int64_t i = begin; s.heads.rotary_dim > 0 && i < end; ++i) {
+        T* q = scratch.qkv + attention.row_index(b, i) * s.qkv_width;
+        for (int64_t h = g * attention.group(); h < (g + 1) * attention.group(); ++h) {
+          T* head = q + h * attention.offsets.q_stride;
+          attention.rotate(head, b, i, head);
+        }
+      }
     }
     barrier->wait();
   }
 
+  // The attention of sequence b as a call of attend-inl.h.
+  hff_attend_io attend_io(const SliceOfHeads& s, const Attention<T, T>& attention,
+                          int64_t b) const {
+    hff_attend_io io = {};
+    io.batch = 1;
+    io.heads = s.heads.heads;
+    io.kv_heads = s.heads.kv_heads;
+    io.head_dim = s.heads.head_dim;
+    io.queries = attention.queries(b);
+    io.keys = attention.past + io.queries;
+    io.scale = s.heads.scale;
+    io.causal = call.causal;
+    io.q.data = attention.row(b, 0);
+    io.q_strides = {0, attention.offsets.q_stride, s.qkv_width};
+    const int64_t at = attention.cached(b, 0, 0);
+    io.k.data = static_cast<const T*>(attention.cache.keys.data) + at;
+    io.v.data = static_cast<const T*>(attention.cache.values.data) + at;
+    io.k_strides = io.v_strides = {0, attention.cache.head_stride, attention.cache.token_stride};
+    io.mask = call.mask;
+    const int64_t size = io.mask.kind == HFF_MASK_BOOL    ? 1
+                         : io.mask.kind == HFF_MASK_INT64 ? 8
+                                                          : int64_t{sizeof(T)};
+    if (io.mask.kind != HFF_MASK_NONE) {
+      io.mask.data.data =
+          static_cast<const char*>(io.mask.data.data) + b * io.mask.batch_stride * size;
+    }
+    return io;
+  }
+
   void attend(const SliceOfHeads& s, const Attention<T, T>& attention) const {
-    const int64_t tiles = ceil_div(attention.longest(), kQueries), heads = s.heads.heads;
-    const FlashScratch own(scratch.template own_of<float>(thread), s.heads.head_dim);
+    Arena own(scratch.template own_of<char>(thread));
+    const typename Scratch::Flash flash = Scratch::flash_of(&own, s.heads.head_dim);
     for (int64_t r = first_row(); r < end_row(); ++r)
       zero_tail<P>(scratch.context.row(r), s.q_width);
+    const int64_t heads = s.heads.kv_heads, block = kLayerBlocks.queries;
+    const int64_t tiles = ceil_div(attention.longest() * attention.group(), block);
     Shares units(counters_of(s.index, Scratch::kAttend), call.batch * heads * tiles, thread, width);
     for (int64_t u = units.take(); u >= 0; u = units.take()) {
-      const int64_t b = u / tiles / heads, first = (tiles - 1 - u % tiles) * kQueries;
-      const int64_t left = attention.queries(b) - first;
-      if (left <= 0) continue;
-      flash_unit(attention, b, u / tiles % heads, first, left < kQueries ? left : kQueries, own,
-                 [&](int64_t row, int64_t column, int64_t n, F v) {
-                   store_input<P>(rounded<T>(v), scratch.context.row(row), column, n, s.q_width);
-                 });
+      const int64_t b = u / tiles / heads, g = u / tiles % heads;
+      const int64_t first = (tiles - 1 - u % tiles) * block;
+      const hff_attend_io io = attend_io(s, attention, b);
+      const Attend<T> a(io);
+      const int64_t left = a.rows() - first, rows = left < block ? left : block;
+      if (rows <= 0) continue;
+      flash.run(a, 0, g, first, rows, 0, a.limit(a.query_of(first + rows - 1)), kLayerBlocks.keys);
+      for (int64_t r = 0; r < rows; ++r) {
+        const int64_t row = attention.row_index(b, a.query_of(first + r));
+        store_head(flash, r, scratch.context.row(row), a.head_of(g, first + r), s);
+      }
     }
     barrier->wait();
+  }
+
+  // Row r of the block, normalised, as head h of a row of A.
+  void store_head(const typename Scratch::Flash& flash, int64_t r, typename P::Input* to, int64_t h,
+                  const SliceOfHeads& s) const {
+    const float* context = flash.tiles.context + r * flash.tiles.context_room;
+    const float total = flash.tiles.totals[r];
+    const F scale = set1(total == 0.0f ? 0.0f : 1.0f / total);
+    const int64_t dim = s.heads.head_dim;
+    for (int64_t d = 0; d < dim; d += kLanes) {
+      const int64_t n = dim - d < kLanes ? dim - d : kLanes;
+      store_input<P>(rounded<T>(mul(load(context + d), scale)), to, h * dim + d, n, s.q_width);
+    }
   }
 
   // context = attention of the slice's heads

@@ -28,8 +28,6 @@
 
 #include "cpu/attention-inl.h"
 
-#include "cpu/flash-inl.h"
-
 #include "cpu/attend-inl.h"
 
 #include "cpu/attend-naive-inl.h"
@@ -74,10 +72,6 @@ static hff_status block(const hff_call& call, const hff_block& layer, const hff_
                         const hff_block_io& io) {
   HFF_DISPATCH(call.dtype, block_call, call, layer, cache, io);
 }
-static hff_status attention(const hff_call& call, const hff_heads& heads, const hff_cache* cache,
-                            const hff_attention_io& io) {
-  HFF_DISPATCH(call.dtype, attention_call, call, heads, cache, io);
-}
 static hff_status linear(const hff_linear& layer, const hff_linear_io& io) {
   HFF_DISPATCH(io.dtype, linear_call, layer, io);
 }
@@ -105,8 +99,8 @@ bool tiles_checked() { return tiles_work(); }
 #endif
 
 extern const Backend kBackend;
-const Backend kBackend = {model,       block, attention,   linear,  norm,   packed_bytes,
-                          packed_fits, pack,  read_stream, nullptr, attend, plan_attend};
+const Backend kBackend = {model, block,       linear,  norm,   packed_bytes, packed_fits,
+                          pack,  read_stream, nullptr, attend, plan_attend};
 
 }  // namespace HFF_ISA
 }  // namespace hff

@@ -317,9 +317,9 @@ int64_t workspace_bytes(const hff_call& call, const hff_model& model) {
   return bytes;
 }
 
-const Backend kBackend = {model_forward, block_forward,   nullptr, nullptr,
-                          nullptr,       nullptr,         nullptr, nullptr,
-                          nullptr,       workspace_bytes, attend,  plan_attend};
+const Backend kBackend = {model_forward,   block_forward, nullptr,    nullptr,
+                          nullptr,         nullptr,       nullptr,    nullptr,
+                          workspace_bytes, attend,        plan_attend};
 
 }  // namespace
 }  // namespace cuda

@@ -200,18 +200,6 @@ typedef struct {
   int64_t keep;
 } hff_model_io;
 
-/* Projected q, k, v in, context out; RoPE is applied and k, v are appended to the cache on the way.
- * qkv: (rows, (heads + 2 kv_heads) * head_dim) with qkv_row_stride, laid out as heads.qkv_layout
- * says.
- * out: (rows, heads * head_dim) contiguous. Any number of rows; no (queries, keys) array. The cache
- * may be null: then nothing is kept, and queries see the call's own keys. */
-typedef struct {
-  uint64_t struct_size;
-  hff_input qkv;
-  int64_t qkv_row_stride;
-  hff_output out;
-} hff_attention_io;
-
 /* y = act(W x + b): x (rows, cols), out (rows, linear.rows), contiguous */
 typedef struct {
   uint64_t struct_size;
@@ -288,8 +276,6 @@ HFF_API hff_status hff_model_forward(const hff_call*, const hff_model*, const hf
                               const hff_model_io*);
 HFF_API hff_status hff_block_forward(const hff_call*, const hff_block*, const hff_cache*,
                                      const hff_block_io*);
-HFF_API hff_status hff_attention_forward(const hff_call*, const hff_heads*, const hff_cache*,
-                                         const hff_attention_io*);
 HFF_API hff_status hff_linear_forward(const hff_linear*, const hff_linear_io*);
 HFF_API hff_status hff_norm_forward(const hff_norm*, const hff_norm_io*);
 
@@ -308,11 +294,6 @@ HFF_API hff_status hff_pack(const hff_linear*, int32_t dtype, int32_t precision,
  * times the lines of the longest row see every element. 0 where a struct contradicts itself. */
 HFF_API uint64_t hff_fingerprint(const hff_linear*, int64_t count, int32_t dtype, int64_t phase);
 
-/* Adds `tokens` to the length of `count` caches, each once, or to none: HFF_OUT_OF_RANGE where one
- * has no room. For a caller that ran the layers of one pass by hff_attention_forward with lengths
- * of its own. */
-HFF_API hff_status hff_advance(const hff_cache* caches, int64_t count, int64_t tokens);
-
 /* HFF_UNSUPPORTED, with the reason in hff_last_error(), where the build, the driver or the device is
  * absent or too old */
 HFF_API hff_status hff_describe_device(int32_t device, int32_t ordinal, hff_device* out);
@@ -321,7 +302,7 @@ HFF_API hff_status hff_describe_device(int32_t device, int32_t ordinal, hff_devi
 HFF_API int64_t hff_workspace_bytes(const hff_call*, const hff_model*);
 
 HFF_API int32_t hff_abi_version(void);
-/* sizeof the structs above in order of declaration, from hff_input (0) to hff_attend_plan (18); 0 past
+/* sizeof the structs above in order of declaration, from hff_input (0) to hff_attend_plan (17); 0 past
  * the end */
 HFF_API uint64_t hff_struct_size(int32_t index);
 HFF_API const char* hff_last_error(void);

@@ -17,7 +17,7 @@ struct Bench {
 };
 
 std::vector<Bench> benches() {
-  Design norm, linear, head, rows, attention, block, decode;
+  Design norm, linear, head, rows, block, decode;
   norm.hidden = 768, norm.batch = 16;
   linear.hidden = 768, linear.width = 3072, linear.batch = 1;
   head.hidden = 768, head.width = 50304, head.batch = 1;
@@ -25,10 +25,7 @@ std::vector<Bench> benches() {
   rows.batch = 197;
   Design packed = rows;
   packed.packed = true;
-  attention.hidden = 768, attention.heads = 12, attention.past = 1500, attention.queries = 1,
-  attention.batch = 1;
-  block = attention;
-  block.past = 128;
+  block.hidden = 768, block.heads = 12, block.past = 128, block.queries = 1, block.batch = 1;
   decode = block;
   decode.layers = 12, decode.vocab = 50304;
   Design decode4 = decode;
@@ -41,12 +38,11 @@ std::vector<Bench> benches() {
           {"linear 768 -> 50304", kKernels[1], head},
           {"linear 768 -> 3072, 197 rows", kKernels[1], rows},
           {"the same, packed", kKernels[1], packed},
-          {"attention 12 x 64, past 1500", kKernels[2], attention},
-          {"block 160m, past 128", kKernels[3], block},
-          {"block 160m, prompt of 128", kKernels[3], prompt},
-          {"block 160m, 197 rows, packed", kKernels[3], encoder},
-          {"model 160m, past 128", kKernels[4], decode},
-          {"model 160m, batch 4", kKernels[4], decode4}};
+          {"block 160m, past 128", kKernels[2], block},
+          {"block 160m, prompt of 128", kKernels[2], prompt},
+          {"block 160m, 197 rows, packed", kKernels[2], encoder},
+          {"model 160m, past 128", kKernels[3], decode},
+          {"model 160m, batch 4", kKernels[3], decode4}};
 }
 
 double median(std::vector<double> values) {

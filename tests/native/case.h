@@ -214,7 +214,7 @@ struct Design {
   Size size = Size::kNormal;
   int32_t dtype = -1;
   bool nan_behind_mask = false;
-  bool exact = false;  // integers (linear) or one visible key (attention): bit equality is asked
+  bool exact = false;  // integers (linear) or one visible key (attend): bit equality is asked
   // Benchmarks: fixed shapes.
   int64_t hidden = 0, width = 0, heads = 0, past = -1, queries = 0, batch = 0, layers = 0,
           vocab = 0, mlp = 0;  // past -1: no cache; mlp 0: 4 * hidden
@@ -224,7 +224,6 @@ struct Design {
 
 std::unique_ptr<Case> make_norm(Random& random, const Design& design);
 std::unique_ptr<Case> make_linear(Random& random, const Design& design);
-std::unique_ptr<Case> make_attention(Random& random, const Design& design);
 std::unique_ptr<Case> make_block(Random& random, const Design& design);
 std::unique_ptr<Case> make_model(Random& random, const Design& design);
 std::unique_ptr<Case> make_pack(Random& random, const Design& design);
@@ -234,10 +233,9 @@ struct Kernel {
   const char* name;
   std::unique_ptr<Case> (*make)(Random&, const Design&);
 };
-constexpr Kernel kKernels[] = {{"norm", make_norm},           {"linear", make_linear},
-                               {"attention", make_attention}, {"block", make_block},
-                               {"model", make_model},         {"pack", make_pack},
-                               {"attend", make_attend}};
+constexpr Kernel kKernels[] = {{"norm", make_norm},   {"linear", make_linear},
+                               {"block", make_block}, {"model", make_model},
+                               {"pack", make_pack},   {"attend", make_attend}};
 
 std::string describe(const CallData& call, const HeadsData& heads);
 

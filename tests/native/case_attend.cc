@@ -206,12 +206,27 @@ class AttendCase : public CaseOf<AttendCase> {
     call.past = keys_;
     call.cached = call.causal = false;
     shared_heads_ = random.chance(0.6);
-    const int64_t kinds = design.heads ? 0 : random.range(HFF_MASK_NONE, HFF_MASK_ADDITIVE);
+    const int64_t kinds =
+        design.heads ? 0 : random.range(HFF_MASK_NONE + design.exact, HFF_MASK_ADDITIVE);
     CallData all = call;
     if (!shared_heads_) all.queries = queries_ * heads_.heads;
     all.past = std::max<int64_t>(keys_ - all.queries, 0);
     fill_mask(random, arena, all, static_cast<int32_t>(kinds), false);
     mask_ = all.mask;
+    if (design.exact) show_one_key(random, all.queries);
+  }
+
+  void show_one_key(Random& random, int64_t rows) {
+    causal_ = false, window_ = 0;
+    const bool adds = mask_.kind == HFF_MASK_ADDITIVE;
+    for (int64_t row = 0; row < batch_ * rows; ++row) {
+      const int64_t shown = random.range(0, keys_ - 1);
+      for (int64_t j = 0; j < mask_.keys; ++j) {
+        mask_.data.set(mask_.at(row / rows, row % rows, j), j == shown ? !adds
+                                                            : adds     ? -HUGE_VAL
+                                                                       : 0.0);
+      }
+    }
   }
 
   int64_t mask_head_stride() const { return shared_heads_ ? 0 : queries_ * mask_.query_stride; }

@@ -3,6 +3,19 @@
 
 namespace hff_test {
 
+std::string describe(const CallData& call, const HeadsData& heads) {
+  const char* masks[] = {"none", "bool", "int64", "additive"};
+  return std::string(dtype_name(call.dtype)) + " precision " + std::to_string(call.precision) +
+         " batch " + std::to_string(call.batch) + " queries " + std::to_string(call.queries) +
+         (call.cached ? " past " + std::to_string(call.past) : " no cache") +
+         (call.starts ? " ragged rows " + std::to_string(call.rows()) : "") +
+         (call.causal ? " causal" : "") + " heads " + std::to_string(heads.heads) + "/" +
+         std::to_string(heads.kv_heads) + " dim " + std::to_string(heads.head_dim) + " rotary " +
+         std::to_string(heads.rotary_dim) +
+         (heads.layout == HFF_QKV_STACKED ? " stacked" : " per-head") + " mask " +
+         masks[call.mask.kind];
+}
+
 int32_t draw_dtype(Random& random, const Design& design) {
   int32_t drawn = random.pick<int32_t>({HFF_F32, HFF_BF16, HFF_F16});
   if (on_device() && drawn == HFF_F32) drawn = random.pick<int32_t>({HFF_BF16, HFF_F16});

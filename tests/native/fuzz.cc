@@ -250,12 +250,10 @@ bool run_null(const Options& options, const std::string& isa) {
   hff_model model = {};
   hff_cache cache = {};
   hff_block block = {};
-  hff_heads heads = {};
   hff_linear linear = {};
   hff_norm norm = {};
   hff_model_io model_io = {};
   hff_block_io block_io = {};
-  hff_attention_io attention_io = {};
   hff_linear_io linear_io = {};
   hff_norm_io norm_io = {};
   hff_attend_io attend_io = {};
@@ -267,8 +265,6 @@ bool run_null(const Options& options, const std::string& isa) {
     const hff_status statuses[] = {
         hff_model_forward(pass(0, &call), pass(1, &model), pass(2, &cache), pass(3, &model_io)),
         hff_block_forward(pass(0, &call), pass(1, &block), pass(2, &cache), pass(3, &block_io)),
-        hff_attention_forward(pass(0, &call), pass(1, &heads), pass(2, &cache),
-                              pass(3, &attention_io)),
         hff_linear_forward(pass(0, &linear), pass(1, &linear_io)),
         hff_norm_forward(pass(0, &norm), pass(1, &norm_io)),
         hff_attend(pass(0, &attend_io)),

@@ -6,7 +6,7 @@
 //   --trials N     per row and instruction set, instead of the row's own count
 //   --only a,b     rows (parity, exact, differential, determinism, edge, panels, strides, host,
 //   threads, fork, openmp, allocation; of cuda also seeds, values, unsupported, schedules)
-//                  and kernels (norm, linear, attention, block, model, pack, attend)
+//                  and kernels (norm, linear, block, model, pack, attend)
 //   --isa NAME     one instruction set instead of all the machine has; one that is absent is an
 //   error. "cuda", which is none of those: CUDA kernels on host fibers, in builds with HFF_EMULATE
 //   --threads N    bench: width of the team

@@ -98,26 +98,17 @@ Bytes append(Bytes all, const Array& array) {
   return all;
 }
 
-// Context, or a layer's output, and what was appended; empty where the call fails.
+// A layer's output, and what was appended; empty where the call fails.
 Bytes layer_bits(Arena& arena, const BlockData& b, const CallData& c, const CacheData& cache,
-                 const Array& x, int64_t qkv_stride, int32_t threads) {
-  const bool alone = qkv_stride > 0;
+                 const Array& x, int32_t threads) {
   const hff_call call = c.abi(threads, 0, c.batch);
   const hff_cache kv = cache.abi();
   const hff_cache* given = c.cached ? &kv : nullptr;
-  const Array out = arena.output(c.dtype, c.rows() * (alone ? b.heads.width() : b.hidden));
+  const Array out = arena.output(c.dtype, c.rows() * b.hidden);
   if (c.cached) cache.length.set(0, static_cast<double>(c.past));
-  hff_status status;
-  if (alone) {
-    const hff_heads heads = b.heads.abi();
-    const hff_attention_io io = {sizeof io, x.input(), qkv_stride, out.output()};
-    status = hff_attention_forward(&call, &heads, given, &io);
-  } else {
-    const hff_block block = b.abi();
-    const hff_block_io io = {sizeof io, x.input(), {}, {}, out.output(), HFF_STAGE_FULL, 0};
-    status = hff_block_forward(&call, &block, given, &io);
-  }
-  if (status != HFF_OK) return {};
+  const hff_block block = b.abi();
+  const hff_block_io io = {sizeof io, x.input(), {}, {}, out.output(), HFF_STAGE_FULL, 0};
+  if (hff_block_forward(&call, &block, given, &io) != HFF_OK) return {};
   Bytes all = append({}, out);
   for (int64_t i = 0; c.cached && i < c.batch * cache.heads * c.queries; ++i) {
     const int64_t at =
@@ -130,7 +121,7 @@ Bytes layer_bits(Arena& arena, const BlockData& b, const CallData& c, const Cach
   return all;
 }
 
-// A layer, or attention by itself, whose cache, mask and positions, or projected rows are far apart.
+// A layer whose cache, mask and positions are far apart.
 std::string layer_trial(Random& random, Sparse& sparse, std::string* shape) {
   Arena arena(&random);
   Design tiny;
@@ -146,28 +137,18 @@ std::string layer_trial(Random& random, Sparse& sparse, std::string* shape) {
   CacheData cache;
   if (call.cached)
     cache = CacheData::random(random, arena, dtype, call.batch, heads, call.past, call.queries);
-  const bool alone = random.chance(0.5);
-  const int64_t width = alone ? heads.qkv_width() : hidden;
-  const Array x = arena.input(dtype, call.rows() * width);
+  const Array x = arena.input(dtype, call.rows() * hidden);
   fill_uniform(random, x, 1.7);
-  const Bytes near = layer_bits(arena, block, call, cache, x, alone ? width : 0, 2);
+  const Bytes near = layer_bits(arena, block, call, cache, x, 2);
 
   const int64_t stride = far(random);
   const int which = static_cast<int>(random.range(0, 2));
-  Array far_x = x;
-  if (alone && random.chance(0.5)) {
-    far_x = sparse.array(dtype, (call.rows() - 1) * stride + width);
-    for (int64_t i = 0; !sparse.refused && i < x.count; ++i)
-      far_x.set(i / width * stride + i % width, x.get(i));
-  }
   if (call.cached) cache = spread(sparse, cache, which, stride);
   call = spread(sparse, call, stride);
-  *shape = (alone ? "attention " : "block ") + describe(call, heads) + " stride " +
-           std::to_string(stride) + " of " + std::to_string(which);
+  *shape = "block " + describe(call, heads) + " stride " + std::to_string(stride) + " of " +
+           std::to_string(which);
   if (sparse.refused) return "";
-  const bool spread_x = far_x.data != x.data;
-  const Bytes wide =
-      layer_bits(arena, block, call, cache, far_x, alone ? (spread_x ? stride : width) : 0, 1);
+  const Bytes wide = layer_bits(arena, block, call, cache, x, 1);
   if (near.empty() || wide.empty()) return std::string("refused: ") + hff_last_error();
   return near == wide ? "" : "other bits than at small strides";
 }
