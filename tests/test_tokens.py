@@ -89,7 +89,7 @@ def differs_legitimately(
 @pytest.mark.parametrize("dtype", ("bf16", "fp16"))
 def test_low_precision_tokens_differ_only_within_stock_error(dtype, fusion, trials):
     stock, fused, _ = trained(dtype)
-    ids = prompts(12, 24, start=100)
+    ids = prompts(24, 24, start=100)
     expected = greedy(stock, ids, max_new_tokens=40)
     with hf_fusion.patched(fused, fusion), fused_hits(fused, f"{dtype} {fusion}", least=40):
         got = greedy(fused, ids, max_new_tokens=40)
