@@ -114,7 +114,7 @@ export TSAN_OPTIONS ?= halt_on_error=1
 sanitize: build/address/hff_cases build/thread/hff_cases
 	build/address/hff_cases test $(TRIALS:%=--trials %)
 	build/address/hff_cases fuzz $(TRIALS:%=--trials %00)
-	build/address/hff_port_cases --seeds $(or $(TRIALS),100)
+	build/address/hff_port_cases --seeds 100
 	$(FIXED_ADDRESSES) build/thread/hff_cases test $(TRIALS:%=--trials %)
 
 build/address/hff_cases: SANITIZERS := address,undefined
