@@ -40,6 +40,8 @@
 
 #include "cpu/decode-inl.h"
 
+#include "cpu/gemm-scratch-inl.h"
+
 #include "cpu/gemm-block-inl.h"
 
 #include "cpu/forward-inl.h"
