@@ -117,8 +117,8 @@ def not_activated_linear(site: Site) -> str | None:
 def join_residual(site: Site) -> None:
     """A linear and the addition after it become one operator of oneDNN in the inner graph.
 
-    Only where the linear's input is no wider than its result: the operator's own memory, some
-    100 KB a thread, then does not lie on top of the widest activation.
+    Only where the linear's input is no wider than its result: the operator takes memory
+    of its own, which then does not lie on top of the widest activation.
     """
     work = [node for node in site.inner.graph.nodes if is_kernel(node)]
     if [name_of(node) for node in work] != ["linear", "add"] or work[1].kwargs:
