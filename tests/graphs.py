@@ -27,8 +27,9 @@ class Positions(nn.Module):
         layer = nn.TransformerEncoderLayer(32, 4, 64, activation="gelu", batch_first=True)
         self.encoder = nn.TransformerEncoder(layer, 2)
 
-    def forward(self, ids: Tensor) -> Tensor:
-        return self.encoder(self.words(ids) + self.places(torch.arange(ids.shape[1]))[None])
+    def forward(self, ids: Tensor, padding: Tensor | None = None) -> Tensor:
+        x = self.words(ids) + self.places(torch.arange(ids.shape[1]))[None]
+        return self.encoder(x, src_key_padding_mask=padding)
 
 
 def _detr() -> nn.Module:
@@ -83,7 +84,9 @@ MODELS = {
     "detr": _detr,
     "positions": Positions,
 }
-PADDED = ("bert", "gpt_neox", "gpt2", "llama", "mistral", "t5", "bart")
+PADDED = (
+    "bert", "gpt_neox", "gpt2", "llama", "mistral", "t5", "bart", "detr", "positions",
+)  # fmt: skip
 LAYERS = dict.fromkeys(MODELS, 2) | {"swin": 4, "t5": 6, "bart": 6, "detr": 3}
 
 
@@ -98,13 +101,16 @@ def model(name: str) -> nn.Module:
     return made
 
 
-def examples(name: str) -> dict | None:
+def examples(name: str, mask: bool = False) -> dict | None:
     """Inputs where the model has no configuration that says them, or a large default."""
     torch.manual_seed(0)
     if name == "positions":
-        return {"ids": torch.randint(5, 99, (2, 7))}
+        padding = {"padding": torch.arange(7) >= torch.tensor([[5], [7]])} if mask else {}
+        return {"ids": torch.randint(5, 99, (2, 7)), **padding}
     if name == "detr":
-        return {"pixel_values": torch.randn(2, 3, 64, 64)}
+        seen = (torch.arange(64) < torch.tensor([[40], [64]])).long()
+        masks = {"pixel_mask": seen[:, None].repeat(1, 64, 1)} if mask else {}
+        return {"pixel_values": torch.randn(2, 3, 64, 64), **masks}
     return None
 
 
@@ -125,4 +131,4 @@ def fused(name: str, mask: bool = False):
     """The model fused with library operators, verified at three shapes; shared by tests."""
     from hf_fusion.transform import fuse
 
-    return fuse(model(name), examples(name), mask=mask, backends=("aten",))
+    return fuse(model(name), examples(name, mask), mask=mask, backends=("aten",))

@@ -39,7 +39,7 @@ def _one_thread(one_thread):
 @torch.no_grad()
 def test_semantic_and_explicit_graphs_run_and_agree(name, mask):
     model = graphs.model(name)
-    captured = capture(model, graphs.examples(name), mask=mask)
+    captured = capture(model, graphs.examples(name, mask), mask=mask)
     assert captured.road == ("export" if name == "positions" else "semantic") and not captured.notes
     found = attentions(captured.graph_module)
     assert (
@@ -233,6 +233,34 @@ def test_only_a_mask_that_is_all_true_is_dropped(hide):
     assert graphs.furthest(model(x), captured.graph_module(x)) < 1e-6
 
 
+@pytest.mark.parametrize("nested", [True, False])
+@pytest.mark.parametrize("mask", ["bool", "float", "left"])
+@torch.no_grad()
+def test_encoders_write_zeros_where_the_fast_path_does(nested, mask):
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    norm = nn.LayerNorm(16, bias=True)
+    nn.init.normal_(norm.bias)
+    model = nn.TransformerEncoder(layer, 2, norm=norm, enable_nested_tensor=nested).eval()
+    padding = torch.arange(6) >= torch.tensor([[6], [4], [1]])
+    if mask == "left":
+        padding = padding.flip(1)
+    elif mask == "float":
+        padding = torch.zeros(3, 6).masked_fill(padding, -torch.inf)
+    given = {"src": torch.randn(3, 6, 16), "src_key_padding_mask": padding}
+    captured = capture(model, given)
+    want = model(**given)
+    zeroed = bool((want[2, 3] == norm.bias).all())
+    assert zeroed is (nested and mask != "left")
+    assert graphs.furthest(want, captured.graph_module(*captured.examples)) < 5e-6
+    other = padding.flip(1).contiguous()
+    given = {**given, "src_key_padding_mask": other}
+    got = captured.graph_module(given["src"], other)
+    assert graphs.furthest(model(**given), got) < 5e-6
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
 def test_what_cannot_be_traced_says_why():
     with pytest.raises(FusionError, match="example_inputs"):
         trace_with_decomposition(nn.TransformerEncoderLayer(16, 2).eval())
@@ -240,6 +268,8 @@ def test_what_cannot_be_traced_says_why():
         capture(nn.Linear(2, 2), torch.zeros(2, 2))
     with pytest.raises(FusionError, match="level"):
         decompose(capture(nn.Linear(2, 2).eval(), torch.zeros(2, 2)), "fine")
+    with pytest.raises(FusionError, match="ViTModel takes no mask of its pixel_values"):
+        capture(graphs.model("vit"), mask=True)
 
 
 def test_snippets_of_the_design_run():

@@ -8,9 +8,8 @@ are the model's own.
 
 from __future__ import annotations
 
-import contextlib
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +20,7 @@ from torch.export import Dim
 
 from ..report import FusionError, Reason
 from .canonical import canonicalise, writes_are_plain
+from .fast_path import without_fast_path
 from .inputs import example_inputs as build_inputs
 from .interface import attention_layers, semantic_attention
 
@@ -158,7 +158,7 @@ def _export(model: nn.Module, named: dict[str, Any], dynamic: bool):
 
 def _try_export(model: nn.Module, named: dict[str, Any], dynamic: bool):
     shapes = pytree.tree_map(lambda leaf: _free(leaf) if dynamic else None, named)
-    with torch.no_grad(), _no_fast_path():
+    with torch.no_grad(), without_fast_path(model):
         return torch.export.export(
             model, (), named, dynamic_shapes=shapes if dynamic else None, strict=False
         )
@@ -169,17 +169,6 @@ def _free(leaf: Any) -> Any:
     if not isinstance(leaf, Tensor):
         return None
     return {i: Dim.AUTO for i in range(min(2, leaf.dim())) if leaf.shape[i] > 1}
-
-
-@contextlib.contextmanager
-def _no_fast_path() -> Iterator[None]:
-    """nn.MultiheadAttention's one-operator road is not taken: it hides what the layer does."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def _flatten(

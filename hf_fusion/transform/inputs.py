@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -17,8 +18,9 @@ _IMAGE, _SAMPLES = 224, 4000
 def example_inputs(model: nn.Module, seed: int = 0, mask: bool = False) -> dict[str, Tensor]:
     """Keyword arguments for a transformers model, two rows of each, from its configuration.
 
-    mask: adds an attention mask with padding at the right of the first row. Raises FusionError
-    where the configuration does not say what the model reads.
+    mask: adds an attention mask, or a mask of pixels, with padding at the right of the first row.
+    Raises FusionError where the configuration does not say what the model reads, or where `mask`
+    asks for one that the model does not take.
     """
     config, name = getattr(model, "config", None), getattr(model, "main_input_name", None)
     if config is None or name is None:
@@ -26,6 +28,11 @@ def example_inputs(model: nn.Module, seed: int = 0, mask: bool = False) -> dict[
             Reason.INPUT, f"{type(model).__name__} has no configuration: give example_inputs"
         )
     config = getattr(config, "text_config", config) if name == "input_ids" else config
+    masks = {"input_ids": "attention_mask", "pixel_values": "pixel_mask"}
+    if mask and masks.get(name) not in inspect.signature(model.forward).parameters:
+        raise FusionError(
+            Reason.INPUT, f"{type(model).__name__} takes no mask of its {name}: leave `mask` out"
+        )
     generator = torch.Generator().manual_seed(seed)
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
 
@@ -39,7 +46,11 @@ def example_inputs(model: nn.Module, seed: int = 0, mask: bool = False) -> dict[
     if name == "pixel_values":
         size = getattr(config, "image_size", None) or _IMAGE
         height, width = size if isinstance(size, (tuple, list)) else (size, size)
-        return {name: noise(BATCH, getattr(config, "num_channels", 3), height, width)}
+        made = {name: noise(BATCH, getattr(config, "num_channels", 3), height, width)}
+        if mask:
+            made["pixel_mask"] = torch.ones(BATCH, height, width, dtype=torch.int64)
+            made["pixel_mask"][0, :, -(width // 3) :] = 0
+        return made
     if name == "input_features":
         frames = 2 * getattr(config, "max_source_positions", 1500)
         return {name: noise(BATCH, config.num_mel_bins, frames)}
