@@ -162,17 +162,29 @@ void trim_thread_scratch(int64_t most) {
   t_scratch.bytes = 0;
 }
 
-// Every HFF_SAMPLED_ROWS-th row by one line of it, each word mixed by a multiplication.
+// Every HFF_SAMPLED_ROWS-th row by one line of it, each word mixed by a multiplication. The lines lie
+// pages apart: those of kAheadRows sampled rows are under way at a time.
 uint64_t fingerprint(const hff_linear& l, int64_t size, int64_t phase, uint64_t sum) {
-  constexpr int64_t kLine = 64;
+  constexpr int64_t kLine = 64, kAheadRows = 24;
   constexpr uint64_t kMix = 0x9e3779b97f4a7c15;
   const int64_t bytes = l.cols * size, lines = (bytes - 1) / kLine + 1;
   const char* rows = static_cast<const char*>(l.weight.data);
-  for (int64_t r = phase % HFF_SAMPLED_ROWS; r < l.rows; r += HFF_SAMPLED_ROWS) {
-    const int64_t at = (phase / HFF_SAMPLED_ROWS + r) % lines * kLine, left = bytes - at;
+  const auto offset = [&](int64_t r) { return (phase / HFF_SAMPLED_ROWS + r) % lines * kLine; };
+  const auto fetch = [&](int64_t r) {
+    if (r < l.rows) __builtin_prefetch(rows + r * l.row_stride * size + offset(r));
+  };
+  const int64_t first = phase % HFF_SAMPLED_ROWS;
+  for (int64_t i = 0; i < kAheadRows; ++i) fetch(first + i * HFF_SAMPLED_ROWS);
+  for (int64_t r = first; r < l.rows; r += HFF_SAMPLED_ROWS) {
+    fetch(r + kAheadRows * HFF_SAMPLED_ROWS);
+    const int64_t at = offset(r), left = bytes - at;
+    const char* from = rows + r * l.row_stride * size + at;
     uint64_t words[kLine / 8] = {};
-    std::memcpy(words, rows + r * l.row_stride * size + at,
-                static_cast<size_t>(left < kLine ? left : kLine));
+    if (left >= kLine) {
+      std::memcpy(words, from, kLine);
+    } else {
+      std::memcpy(words, from, static_cast<size_t>(left));
+    }
     uint64_t line = 0;
     for (const uint64_t word : words) line = (line ^ word) * kMix;
     sum = (sum ^ line ^ line >> 32) * kMix;
