@@ -120,7 +120,7 @@ struct FlashAttend {
       for (int64_t v = 0; v < kPanel; v += kLanes) {
         const F score = load(row + p * kMaxTileRows * kPanel + v);
         const F weight = exp_negative(sub(score, set1(peak)));
-        store(weight, out + p * kPanel + v);
+        store_input_n(weight, out + p * kPanel + v, kLanes);
         added = add(added, weight);
       }
     }

@@ -75,6 +75,7 @@ struct GemmLinearRun {
     T* out = static_cast<T*>(run.io.out.data);
     team_product<T, P>(Slice<T, P>(l), run.io.activation, run.x, run.io.rows, run.counters, thread,
                        width, run.panels + thread * group_room<P>(l.cols),
+                       Target{out, l.rows, sizeof(T)},
                        [&](int64_t row, int64_t column, int64_t n, F v) {
                          store_n(v, out + row * l.rows + column, n);
                        });
@@ -85,7 +86,7 @@ struct GemmLinearRun {
       const T* from = static_cast<const T*>(io.x.data) + r * cols;
       for (int64_t k = 0; k < cols; k += kLanes) {
         const int64_t n = cols - k < kLanes ? cols - k : kLanes;
-        store_input<P>(load_n(from + k, n), x.row(r), k, n, cols);
+        store_input<T, P>(load_n(from + k, n), x.row(r), k, n, cols);
       }
       zero_tail<P>(x.row(r), cols);
     }

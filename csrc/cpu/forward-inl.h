@@ -103,7 +103,7 @@ struct GemmModelRun {
     typename P::Input* row = scratch.normed.row(to);
     for (int64_t k = 0; k < model.hidden; k += kLanes) {
       const int64_t n = model.hidden - k < kLanes ? model.hidden - k : kLanes;
-      store_input<P>(rounded<T>(load_n(line + k, n)), row, k, n, model.hidden);
+      store_input<T, P>(load_n(line + k, n), row, k, n, model.hidden);
     }
     zero_tail<P>(row, model.hidden);
   }
@@ -117,6 +117,7 @@ struct GemmModelRun {
     }
     team_product<T, P>(Slice<T, P>(model.head), HFF_ACT_NONE, scratch.normed, kept(), counters,
                        thread, width, scratch.template own_of<typename P::Element>(thread),
+                       Target{logits, model.head.rows, sizeof(T)},
                        [&](int64_t row, int64_t column, int64_t n, F v) {
                          store_n(v, logits + row * model.head.rows + column, n);
                        });

@@ -3,7 +3,7 @@
 //   parallel:   y = x + attn(norm1(x)) + mlp(norm2(x))
 //   sequential: a = x + attn(norm1(x)); y = a + mlp(norm2(a))
 //   post-norm:  a = norm1(x + attn(x)); y = norm2(a + mlp(a))
-//     phases norm | { qkv | append | attend | o } | norm | { up | down } | norm
+//     phases norm | { qkv | append | attend | o } | norm | { up | down | } norm
 // x: (rows, hidden) fp32 in scratch for all layers of a call; o and down add to it. qkv: (rows,
 //   width), model dtype, as hff_heads lays it out; queries, and without a cache keys and values, are
 //   read, and rotated, where they lie.
@@ -11,7 +11,8 @@
 //   little of qkv and act is in memory at once, and it stays in L2. The cut depends on the layer
 //   alone, so no bit depends on threads, or on the other rows of the call.
 // Work split: rows for norms, units of gemm-inl.h for products, blocks of queries for attention;
-//   a barrier per `|`. Append is left out where there is neither cache nor RoPE.
+//   a barrier per `|`, none from o to the next slice's qkv. Append is left out where there is neither
+//   cache nor RoPE.
 // Rounding to the model dtype: after each norm, q, k and v, after RoPE, after attention (within it
 //   as attend-inl.h says), after the activation and at the outputs; everything else is fp32.
 // Order of sums: each product as in gemm-inl.h, the slices of o and down in order onto x.
@@ -21,22 +22,20 @@
 namespace hff {
 namespace HFF_ISA {
 
-// C = act(A W^T + b) on the team, to sink(row, column, n, values), or where `onto`, rows onto_stride
-// apart, is given, added there, without activation and bias; no barrier.
+// C = act(A W^T + b) on the team, to sink(row, column, n, values) in `target`, or added there as
+// Target says, without activation and bias; no barrier.
 template <class T, class P, class Sink>
 static void team_product(const Slice<T, P>& slice, int32_t activation, const Operands<P>& a,
                          int64_t rows, Counter* counters, int thread, int width,
-                         typename P::Element* panels, Sink sink, float* onto = nullptr,
-                         int64_t onto_stride = 0) {
+                         typename P::Element* panels, const Target& target, Sink sink) {
   const GemmUnits units = GemmUnits::of<P>(slice.linear, rows, width);
+  const int64_t end = units.count() * (thread + 1) / width;
   Shares taken(counters, units.count(), thread, width);
   for (int64_t u = taken.take(); u >= 0; u = taken.take()) {
-    gemm_unit<T, P>(
-        slice, units, u, a, panels,
-        [&](int64_t row, int64_t n, int64_t column, int64_t columns, const float* c) {
-          finish_tile<T>(slice.linear, activation, row, n, column, columns, c, sink);
-        },
-        onto, onto_stride);
+    gemm_unit<T, P>(slice, units, u, u + 1 < end, a, panels, target,
+                    [&](int64_t row, int64_t n, int64_t column, int64_t columns, const float* c) {
+                      finish_tile<T>(slice.linear, activation, row, n, column, columns, c, sink);
+                    });
   }
 }
 
@@ -82,17 +81,17 @@ struct GemmPass {
 
   template <class Sink>
   void product(int64_t slice, int phase, const Weight& weight, int32_t activation,
-               const Operands<P>& a, Sink sink, float* onto = nullptr) const {
+               const Operands<P>& a, const Target& target, Sink sink) const {
     using Element = typename P::Element;
     team_product<T, P>(weight, activation, a, rows, counters_of(slice, phase), thread, width,
-                       scratch.template own_of<Element>(thread), sink, onto, block.hidden);
+                       scratch.template own_of<Element>(thread), target, sink);
   }
 
   // An fp32 row, rounded to T, as a row of A.
   void round_row(const float* x, int64_t cols, typename P::Input* row) const {
     for (int64_t k = 0; k < cols; k += kLanes) {
       const int64_t n = cols - k < kLanes ? cols - k : kLanes;
-      store_input<P>(rounded<T>(load_n(x + k, n)), row, k, n, cols);
+      store_input<T, P>(load_n(x + k, n), row, k, n, cols);
     }
     zero_tail<P>(row, cols);
   }
@@ -145,9 +144,11 @@ struct GemmPass {
   void qkv(const SliceOfHeads& s) const {
     const auto rows_to = [&](int phase, const hff_linear& linear, int64_t row, int64_t count,
                              int64_t offset) {
+      T* to = scratch.qkv + offset;
       product(s.index, phase, Weight::of(linear, row, count, 0, linear.cols), HFF_ACT_NONE,
-              scratch.normed, [&](int64_t r, int64_t column, int64_t n, F v) {
-                store_n(v, scratch.qkv + r * s.qkv_width + offset + column, n);
+              scratch.normed, Target{to, s.qkv_width, sizeof(T)},
+              [&](int64_t r, int64_t column, int64_t n, F v) {
+                store_n(v, to + r * s.qkv_width + column, n);
               });
     };
     const bool three = block.k.weight.data != nullptr;
@@ -245,7 +246,7 @@ struct GemmPass {
     const int64_t dim = s.heads.head_dim;
     for (int64_t d = 0; d < dim; d += kLanes) {
       const int64_t n = dim - d < kLanes ? dim - d : kLanes;
-      store_input<P>(rounded<T>(mul(load(context + d), scale)), to, h * dim + d, n, s.q_width);
+      store_input<T, P>(mul(load(context + d), scale), to, h * dim + d, n, s.q_width);
     }
   }
 
@@ -261,22 +262,22 @@ struct GemmPass {
 
   // ---- products that end a branch ---------------------------------------------------------------
 
-  // x += linear(a)
+  // x += linear(a); no barrier
   void add_product(int64_t slice, int phase, const Weight& weight, const Operands<P>& a) const {
     const auto onto_x = [&](int64_t row, int64_t column, int64_t n, F v) {
       float* x = x_row(row) + column;
       store_n(add(v, load_n(x, n)), x, n);
     };
-    float* direct = weight.linear.bias.data == nullptr ? scratch.x : nullptr;
-    product(slice, phase, weight, HFF_ACT_NONE, a, onto_x, direct);
-    barrier->wait();
+    const bool adds = weight.linear.bias.data == nullptr;
+    product(slice, phase, weight, HFF_ACT_NONE, a, Target{scratch.x, block.hidden, 4, adds},
+            onto_x);
   }
 
   // o without a residual, to the caller.
   void o_out() const {
     T* out = static_cast<T*>(io->attention_out.data);
     product(0, Scratch::kO, Weight(block.o), HFF_ACT_NONE, scratch.context,
-            [&](int64_t row, int64_t column, int64_t n, F v) {
+            Target{out, block.hidden, sizeof(T)}, [&](int64_t row, int64_t column, int64_t n, F v) {
               store_n(v, out + row * block.hidden + column, n);
             });
     barrier->wait();
@@ -286,13 +287,16 @@ struct GemmPass {
   void up(int64_t slice, const Operands<P>& in) const {
     T* out = stage == HFF_STAGE_ATTENTION_UP ? static_cast<T*>(io->up_out.data) : nullptr;
     const int64_t count = block.mlp_width / slices.mlp;
+    const Operands<P>& act = scratch.act;
+    const Target target = out != nullptr ? Target{out, block.mlp_width, sizeof(T)}
+                                         : Target{act.data, act.stride, sizeof(*act.data)};
     product(slice, Scratch::kUp, Weight::of(block.up, slice * count, count, 0, block.up.cols),
-            block.activation, in, [&](int64_t row, int64_t column, int64_t n, F v) {
+            block.activation, in, target, [&](int64_t row, int64_t column, int64_t n, F v) {
               if (out != nullptr) return store_n(v, out + row * block.mlp_width + column, n);
-              store_input<P>(rounded<T>(v), scratch.act.row(row), column, n, count);
+              store_input<T, P>(v, act.row(row), column, n, count);
             });
     for (int64_t r = first_row(); out == nullptr && r < end_row(); ++r)
-      zero_tail<P>(scratch.act.row(r), count);
+      zero_tail<P>(act.row(r), count);
     barrier->wait();
   }
 
@@ -304,13 +308,17 @@ struct GemmPass {
       if (stage != HFF_STAGE_FULL) continue;
       add_product(i, Scratch::kO, Weight::of(block.o, 0, block.hidden, i * s.q_width, s.q_width),
                   scratch.context);
+      // the next slice's q, k and v do not touch what o reads, its attention waits for them
+      if (i + 1 == slices.heads) barrier->wait();
     }
     const bool post = block.residual == HFF_RESIDUAL_POST_NORM;
     if (stage != HFF_STAGE_FULL && (parallel() || stage == HFF_STAGE_ATTENTION)) o_out();
     if (stage == HFF_STAGE_ATTENTION) return;
     if (!parallel()) {
-      if (stage == HFF_STAGE_ATTENTION_UP)
+      if (stage == HFF_STAGE_ATTENTION_UP) {
         add_product(0, Scratch::kO, Weight(block.o), scratch.context);
+        barrier->wait();
+      }
       norm(post ? block.attention_norm : block.mlp_norm, scratch.normed, post);
       barrier->wait();
     }
@@ -320,6 +328,7 @@ struct GemmPass {
       const int64_t count = block.mlp_width / slices.mlp;
       add_product(i, Scratch::kDown, Weight::of(block.down, 0, block.hidden, i * count, count),
                   scratch.act);
+      barrier->wait();
     }
     if (post && stage == HFF_STAGE_FULL) norm(block.mlp_norm, scratch.normed, true);
   }

@@ -211,6 +211,19 @@ HFF_INLINE Words words_of(F v) {
   return out;
 }
 
+// Stores n values of v as inputs of a product, rounded; bf16 denormals, which count as zero there, as
+// zero.
+HFF_INLINE void store_input_n(F v, float* p, int64_t n) { store_n(v, p, n); }
+HFF_INLINE void store_input_n(F v, bf16* p, int64_t n) {
+#if defined(__AVX512BF16__)
+  const __m256i narrow = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(v.v));
+  if (n >= kLanes) return _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow);
+  _mm256_mask_storeu_epi16(p, first(n), narrow);
+#else
+  store_n(v, p, n);
+#endif
+}
+
 // ---- packing ------------------------------------------------------------------------------------
 
 // v as the bf16 values of v (part 0) or of what they leave (part 1).

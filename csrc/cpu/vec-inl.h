@@ -83,9 +83,15 @@ HFF_INLINE F round(F a) {
 HFF_INLINE F select_lt(F a, F b, F yes, F no) {
   return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ), no.v, yes.v)};
 }
-HFF_INLINE F pow2(F n) {  // n integral in [-126, 127]
-  const __m512i e = _mm512_add_epi32(_mm512_cvtps_epi32(n.v), _mm512_set1_epi32(127));
-  return {_mm512_castsi512_ps(_mm512_slli_epi32(e, 23))};
+HFF_INLINE F scale2(F a, F n) {  // a 2^n, n integral in [-126, 127]
+  return {_mm512_scalef_ps(a.v, n.v)};
+}
+HFF_INLINE F zero_below(F x, float least, F a) {  // a, or 0 where x < least
+  return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x.v, _mm512_set1_ps(least), _CMP_NLT_UQ), a.v)};
+}
+HFF_INLINE F reciprocal(F a) {  // to 2^-27, a in [2^-126, 2^126]
+  const __m512 r = _mm512_rcp14_ps(a.v);
+  return {_mm512_fmadd_ps(_mm512_fnmadd_ps(a.v, r, _mm512_set1_ps(1.0f)), r, r)};
 }
 HFF_INLINE float sum(F a) {
   const __m256 half =
@@ -169,7 +175,7 @@ HFF_INLINE F round(F a) {
 HFF_INLINE F select_lt(F a, F b, F yes, F no) {
   return {_mm256_blendv_ps(no.v, yes.v, _mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ))};
 }
-HFF_INLINE F pow2(F n) {
+HFF_INLINE F pow2(F n) {  // n integral in [-126, 127]
   const __m256i e = _mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127));
   return {_mm256_castsi256_ps(_mm256_slli_epi32(e, 23))};
 }
@@ -256,6 +262,10 @@ HFF_INLINE void store(F a, T* p) {
 #endif
 
 #if !defined(__AVX512F__)
+HFF_INLINE F scale2(F a, F n) { return mul(a, pow2(n)); }
+HFF_INLINE F zero_below(F x, float least, F a) { return select_lt(x, set1(least), zero(), a); }
+HFF_INLINE F reciprocal(F a) { return div(set1(1.0f), a); }
+
 // Tails without masked memory operations go through a register-sized buffer.
 template <class T>
 HFF_INLINE F load_n(const T* p, int64_t n) {
@@ -284,6 +294,8 @@ HFF_INLINE float max_lane(F a) {
 
 // ---- elementary functions -----------------------------------------------------------------------
 
+constexpr float kLeastExp = -87.33654f;  // e^x is a normal number down to it
+
 // e^x to 1 ulp: x = n ln2 + r, |r| <= ln2 / 2, degree-6 polynomial. 0 below -87.3, inf above 88.7,
 // NaN kept.
 HFF_INLINE F exp(F x) {
@@ -296,16 +308,14 @@ HFF_INLINE F exp(F x) {
   p = fma(p, r, set1(0.5f));
   p = fma(p, r, set1(1.0f));
   p = fma(p, r, set1(1.0f));
-  // 2^n in two factors: n reaches 128
-  const F half = round(mul(n, set1(0.5f)));
-  p = mul(mul(p, pow2(half)), pow2(sub(n, half)));
-  p = select_lt(x, set1(-87.33654f), zero(), p);
-  return select_lt(set1(88.72283f), x, set1(__builtin_inff()), p);
+  const F half = round(mul(n, set1(0.5f)));  // n reaches 128
+  p = scale2(scale2(p, half), sub(n, half));
+  return select_lt(set1(88.72283f), x, set1(__builtin_inff()), zero_below(x, kLeastExp, p));
 }
 
 // e^x for x <= 0 in half the work: 0 below -87.3, NaN kept.
 HFF_INLINE F exp_negative(F x) {
-  const F n = round(mul(max(set1(-87.33654f), x), set1(1.44269504f)));
+  const F n = round(mul(max(set1(kLeastExp), x), set1(1.44269504f)));
   F r = fma(n, set1(-0.693145752f), x);
   r = fma(n, set1(-1.42860677e-6f), r);
   F p = fma(set1(0.0013948581f), r, set1(0.008375129f));
@@ -314,7 +324,7 @@ HFF_INLINE F exp_negative(F x) {
   p = fma(p, r, set1(0.5f));
   p = fma(p, r, set1(1.0f));
   p = fma(p, r, set1(1.0f));
-  return select_lt(x, set1(-87.33654f), zero(), mul(p, pow2(n)));
+  return zero_below(x, kLeastExp, scale2(p, n));
 }
 
 // erfc(z) for z >= 0: 1 - z P(z^2) below 1, t exp(-z^2 + Q(t)) with t = 1 / (1 + z / 2) above; the
@@ -343,7 +353,7 @@ HFF_INLINE F erfc_positive(F z) {
 
 // The same to 1e-6, which results in 16 bits do not see: t exp(-z^2 + Q(t)) throughout.
 HFF_INLINE F erfc_positive_16(F z) {
-  const F t = div(set1(1.0f), fma(z, set1(0.5f), set1(1.0f)));
+  const F t = reciprocal(fma(z, set1(0.5f), set1(1.0f)));
   F q = fma(set1(-0.1884512564f), t, set1(0.7541242495f));
   q = fma(q, t, set1(-1.004952703f));
   q = fma(q, t, set1(0.3528732306f));
