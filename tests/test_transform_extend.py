@@ -179,14 +179,16 @@ def test_a_rule_and_a_back_end_of_ones_own():
 NATIVE = {
     "vit": {kinds.BLOCK: 2}, "bert": {kinds.BLOCK: 2}, "llama": {kinds.NORM: 3, kinds.PARALLEL: 4},
     "t5": {kinds.NORM: 8, kinds.EPILOGUE: 4}, "gpt_neox": {kinds.EPILOGUE: 2},
+    "positions": {kinds.BLOCK: 2},
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("name", "mask"), [(name, name != "vit") for name in NATIVE] + [("bert", False)]
+    ("name", "mask"),
+    [(name, name != "vit") for name in NATIVE] + [("bert", False), ("positions", False)],
 )
 def test_native_kernels_run_what_they_can(name, mask):
-    fused = fuse(graphs.model(name), mask=mask)
+    fused = fuse(graphs.model(name), graphs.examples(name, mask), mask=mask)
     for kind, count in NATIVE[name].items():
         ran = [g for g in fused.report.subgraphs if g.kind == kind and g.backend == "native"]
         assert len(ran) == count, kind
@@ -197,6 +199,36 @@ def test_native_kernels_run_what_they_can(name, mask):
         assert measured["fused"]["kernels"] < 0.5 * measured["model, eager"]["kernels"]
     assert not fused.stats.refused
     graphs.fused(name, mask).stats.clear()
+
+
+def _encoder(**options):
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(32, 4, 48, **{"batch_first": True, **options})
+    return nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
+
+
+CAUSAL = torch.full((7, 7), -torch.inf).triu(1)
+PADDING = torch.arange(7) >= torch.tensor([[7], [5], [2]])
+HIDDEN = torch.zeros(3, 7).masked_fill(PADDING, -torch.inf)
+
+
+@pytest.mark.parametrize(
+    ("options", "masks", "layers"),
+    [({}, {}, 2), ({"norm_first": True}, {}, 2), ({"bias": False}, {}, 2),
+     ({"activation": "gelu"}, {"src_key_padding_mask": PADDING}, 2),
+     ({}, {"mask": CAUSAL, "is_causal": False}, 2),
+     ({}, {"mask": CAUSAL, "is_causal": False, "src_key_padding_mask": HIDDEN}, 0),
+     ({"batch_first": False}, {}, 0)],
+)  # fmt: skip
+def test_layers_of_torch_encoders_are_one_call(options, masks, layers):
+    model, x = _encoder(**options), torch.randn(3, 7, 32)
+    if not options.get("batch_first", True):
+        x = x.transpose(0, 1).contiguous()
+    fused = fuse(model, {"src": x, **masks}, dynamic="mask" not in masks)
+    blocks = [g for g in fused.report.subgraphs if g.kind == kinds.BLOCK and g.backend == "native"]
+    assert len(blocks) == layers
+    assert (fused(src=x, **masks) - model(src=x, **masks)).abs().max() < 5e-6
+    assert fused.stats.fused == 1
 
 
 class Added(nn.Module):

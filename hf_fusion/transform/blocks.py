@@ -20,11 +20,24 @@ from ..spec import (
 )
 from .attention import Attention, attentions, is_projection
 from .groups import BLOCK, Claims, FusionGroup
-from .nodes import VIEW, class_of, name_of, owner_of
+from .nodes import (
+    VIEW,
+    class_of,
+    exclusive_views_down,
+    exclusive_views_up,
+    name_of,
+    owner_of,
+)
 from .rules import is_residual
 from .site import attribute
 
 _ACTIVATIONS = {"relu": Activation.RELU, "silu": Activation.SILU}
+# the views of nn.MultiheadAttention where queries, keys and values are one tensor: from q, k or v up
+# to what is one, from there to the projection, from the output projection down, from the mask up
+_SPLIT = ["reshape", "transpose", "reshape", "select"]
+_STACK = ["contiguous", "squeeze", "transpose", "unsqueeze", "unflatten"]
+_BATCH_FIRST = ["reshape", "transpose"]
+_OVER_HEADS = ["reshape", "reshape", "expand"]
 
 
 class _Unlike(Exception):
@@ -94,6 +107,45 @@ class _Reader:
             node = node.args[0]
         return node
 
+    def _stacked(self) -> fx.Node | None:
+        """What one projection makes q, k and v of as nn.MultiheadAttention does, batch first; None
+        where there are three.
+        """
+        parts = (self.call.query, self.call.key, self.call.value)
+        chains = [exclusive_views_up(node)[: len(_SPLIT)] for node in parts]
+        if any([name_of(view) for view in chain] != _SPLIT for chain in chains):
+            return None
+        if [chain[-1].args[1:] for chain in chains] != [(0, 0), (0, 1), (0, 2)]:
+            return None
+        if len({chain[-1].args[0] for chain in chains}) != 1:
+            return None
+        views = [chains[0][-1].args[0]]
+        while len(views) < len(_STACK) and len(views[-1].args[0].users) == 1:
+            views.append(views[-1].args[0])
+        if [name_of(view) for view in views] != _STACK or len(views[0].users) != 3:
+            return None
+        self.nodes += [*(view for chain in chains for view in chain), *views]
+        turned = self._linear(views[-1].args[0], "qkv")
+        if name_of(turned) != "transpose" or sorted(turned.args[1:]) != [0, 1]:
+            raise _Unlike("the layer's input is (sequence, batch)")
+        self._only_reader(turned, "the layer's input, transposed,")
+        self.nodes.append(turned)
+        return turned.args[0]
+
+    def _mask(self, stacked: bool) -> fx.Node | None:
+        """The attention's mask, (batch, 1, queries, keys)."""
+        mask = self.call.mask
+        if mask is None:
+            return None
+        above = exclusive_views_up(mask)[: len(_OVER_HEADS)]
+        if stacked and [name_of(view) for view in above] == _OVER_HEADS:
+            self.nodes += above
+            mask = above[-1].args[0]
+        shape = mask.meta["val"].shape
+        if len(shape) != 4 or str(shape[1]) != "1":
+            raise _Unlike("the mask is not (batch, 1, queries, keys)")
+        return mask
+
     def _projected(self) -> fx.Node:
         """What q, k and v are made of, all three."""
         sources = []
@@ -139,9 +191,9 @@ class _Reader:
             raise _Unlike("the attention has a bias, sinks, a soft cap or dropout")
         if call.window:
             raise _Unlike("the attention has a window")
-        if call.mask is not None and call.mask.meta["val"].dim() != 4:
-            raise _Unlike("the mask is not (batch, 1, queries, keys)")
-        projected = self._projected()
+        stacked = self._stacked()
+        projected = self._projected() if stacked is None else stacked
+        mask = self._mask(stacked is not None)
         self.nodes += self.attention.nodes
         node = self.attention.last
         while class_of(self._only_reader(node, "the attention")) == VIEW:
@@ -149,6 +201,12 @@ class _Reader:
             self.nodes.append(node)
         output = self._only_reader(node, "the attention")
         self._linear(output, "o")
+        if stacked is not None:
+            views = exclusive_views_down(output)
+            if [name_of(view) for view in views] != _BATCH_FIRST:
+                raise _Unlike("the attention's output is not turned to (batch, sequence)")
+            self.nodes += views
+            output = views[-1]
         passed, noted = list(self.nodes), dict(self.parameters)
         try:
             kind, source, result, rest = self._pre_norm(projected, output)
@@ -160,12 +218,13 @@ class _Reader:
         scale = call.scale if call.scale is not None else int(query.shape[3]) ** -0.5
         heads = AttentionSpec(
             int(query.shape[1]), int(call.key.meta["val"].shape[1]), int(query.shape[3]), 0,
-            float(scale), QkvLayout.SEPARATE, call.causal and call.mask is None,
+            float(scale), QkvLayout.SEPARATE if stacked is None else QkvLayout.STACKED,
+            call.causal and mask is None,
         )  # fmt: skip
         attention_norm, mlp_norm, activation, width = rest
         hidden = int(source.meta["val"].shape[-1])
         spec = BlockSpec(hidden, heads, MlpSpec(width, activation), attention_norm, mlp_norm, kind)
-        return Layer(spec, self.parameters, tuple(self.nodes), source, call.mask, result)
+        return Layer(spec, self.parameters, tuple(self.nodes), source, mask, result)
 
     def _pre_norm(self, projected: fx.Node, output: fx.Node):
         first, source = self._norm(projected, "attention_norm")
@@ -204,7 +263,9 @@ def read_layer(attention: Attention) -> tuple[Layer | None, str]:
 
 
 def blocks(graph: fx.Graph, claims: Claims) -> Iterator[FusionGroup]:
-    """Whole layers, pre-norm or post-norm, with separate projections, without rotary embedding."""
+    """Whole layers, pre-norm or post-norm, without rotary embedding; q, k and v by three
+    projections or, as in nn.TransformerEncoder, by one.
+    """
     for attention in attentions(graph):
         layer, _ = read_layer(attention)
         if layer is not None:

@@ -75,12 +75,15 @@ def _positions(config: Any) -> int:
 
 
 def like(name: str, example: Tensor, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """A tensor of `shape` with the values' range of `example`; masks are padded at the right."""
-    if example.is_floating_point():
+    """A tensor of `shape` with the values' range of `example`; masks are padded at the right.
+
+    What holds infinities, as an additive mask does, is repeated.
+    """
+    if example.is_floating_point() and bool(example.isfinite().all()):
         low = float(example.float().std()) if example.numel() > 1 else 1.0
         drawn = torch.randn(shape, generator=generator) * (low or 1.0) + example.float().mean()
         return drawn.to(example.dtype)
-    if example.dtype == torch.bool or not example.numel():
+    if example.is_floating_point() or example.dtype == torch.bool or not example.numel():
         return _tiled(example, shape)
     least, most = int(example.min()), int(example.max())
     if "mask" in name and most <= 1:
