@@ -61,7 +61,9 @@ template <class T, class P>
 struct GemmLinearRun {
   const hff_linear& linear;
   const hff_linear_io& io;
-  Operands<P> x;                // (rows, cols); the caller's own where they are such operands
+  Operands<P> x;                // (rows, cols); the caller's own where they are such operands, and
+                                // rows do not lie 4 KB apart: a tile's would share one set of L1,
+                                // and a product of 2048^3 takes 1.25 times as long
   typename P::Element* panels;  // (threads, group_room)
   Counter* counters;            // (threads)
   bool copies;
@@ -101,7 +103,8 @@ static hff_status linear_of_many(const hff_linear& linear, const hff_linear_io& 
   const int64_t stride = operand_stride<P>(linear.cols);
   const Size rows = operand_rows(io.rows);
   if constexpr (std::is_same<Input, T>::value && P::kParts == 1)
-    run.copies = P::padded(linear.cols) != linear.cols || !rows.fits(io.rows);
+    run.copies = P::padded(linear.cols) != linear.cols || !rows.fits(io.rows) ||
+                 linear.cols * int64_t{sizeof(T)} % 4096 == 0;
   const bool had = with_scratch([&](Arena* a) {
     run.x = {a->take<Input>(run.copies ? rows * Size(stride) : Size(0)), stride};
     if (!run.copies) run.x = {static_cast<Input*>(const_cast<void*>(io.x.data)), linear.cols};
