@@ -273,14 +273,14 @@ HFF_INLINE int64_t group_room(int64_t cols) {
   return panel > group ? panel : group;
 }
 
-// What a unit reads of the weight, and what comes behind it in memory.
-struct PanelBytes {
-  const char* next;
-  int64_t bytes;  // of a panel
+// The weights of the unit behind one: `bytes` of each panel, from one to the next `stride`.
+struct NextPanels {
+  const char* data;
+  int64_t stride, bytes;
 
-  // The share of the next panel that is fetched beside one of `tiles` tiles of `cols` columns.
+  // The share of a panel that is fetched beside one of `tiles` tiles of `cols` columns.
   HFF_ALWAYS_INLINE Ahead ahead(int64_t panel, int64_t tile, int64_t tiles, int64_t cols) const {
-    return {next + panel * bytes + bytes * tile / tiles, ceil_div(bytes, tiles * cols)};
+    return {data + panel * stride + bytes * tile / tiles, ceil_div(bytes, tiles * cols)};
   }
 };
 
@@ -298,19 +298,20 @@ static void gemm_unit(const Slice<T, P>& slice, const GemmUnits& units, int64_t 
   const int64_t last = units.rows * (strip + 1) / units.strips;
   int64_t elements = panel_elements<P>(linear.cols);
   const typename P::Element* panels = scratch;
-  PanelBytes read;
+  NextPanels next;
   if (linear.packed.data != nullptr) {
     elements = slice.stride;
     panels = reinterpret_cast<const typename P::Element*>(
                  static_cast<const char*>(linear.packed.data) + kPackedHeader) +
              slice.offset + begin * elements;
-    read.next = reinterpret_cast<const char*>(panels + (end - begin) * elements);
-    read.bytes = panel_elements<P>(linear.cols) * int64_t{sizeof(typename P::Element)};
+    constexpr int64_t kElement = sizeof(typename P::Element);
+    next = {reinterpret_cast<const char*>(panels + (end - begin) * elements), elements * kElement,
+            panel_elements<P>(linear.cols) * kElement};
   } else {
     for (int64_t p = begin; p < end; ++p)
       pack_panel<T, P>(linear, p, scratch + (p - begin) * elements);
-    read.bytes = kPanel * linear.row_stride * int64_t{sizeof(T)};
-    read.next = static_cast<const char*>(linear.weight.data) + end * read.bytes;
+    const int64_t bytes = kPanel * linear.row_stride * int64_t{sizeof(T)};
+    next = {static_cast<const char*>(linear.weight.data) + end * bytes, bytes, bytes};
   }
   alignas(64) float c[kMaxTileRows * kPanel];
   const int64_t tiles = ceil_div(last - first, tile_rows<P>());
@@ -320,7 +321,7 @@ static void gemm_unit(const Slice<T, P>& slice, const GemmUnits& units, int64_t 
     for (int64_t p = begin; p < end; ++p) {
       const int64_t column = p * kPanel, left = linear.rows - column;
       const typename P::Element* panel = panels + (p - begin) * elements;
-      const Ahead ahead = more ? read.ahead(p - begin, t, tiles, linear.cols) : Ahead{panel, 0};
+      const Ahead ahead = more ? next.ahead(p - begin, t, tiles, linear.cols) : Ahead{panel, 0};
       target.fetch(row, rows, column);
       multiply_rows<P>(rows, a.row(row), a.stride, panel, linear.cols, c, ahead);
       if (target.adds && left >= kPanel) {
