@@ -310,7 +310,8 @@ static void gemm_unit(const Slice<T, P>& slice, const GemmUnits& units, int64_t 
   } else {
     for (int64_t p = begin; p < end; ++p)
       pack_panel<T, P>(linear, p, scratch + (p - begin) * elements);
-    const int64_t bytes = kPanel * linear.row_stride * int64_t{sizeof(T)};
+    // without more rows, their stride may be any number
+    const int64_t bytes = more ? kPanel * linear.row_stride * int64_t{sizeof(T)} : 0;
     next = {static_cast<const char*>(linear.weight.data) + end * bytes, bytes, bytes};
   }
   alignas(64) float c[kMaxTileRows * kPanel];
