@@ -298,6 +298,7 @@ static void gemm_unit(const Slice<T, P>& slice, const GemmUnits& units, int64_t 
   const int64_t last = units.rows * (strip + 1) / units.strips;
   int64_t elements = panel_elements<P>(linear.cols);
   const typename P::Element* panels = scratch;
+  const bool fetches = more && end < units.panels;
   NextPanels next;
   if (linear.packed.data != nullptr) {
     elements = slice.stride;
@@ -311,7 +312,7 @@ static void gemm_unit(const Slice<T, P>& slice, const GemmUnits& units, int64_t 
     for (int64_t p = begin; p < end; ++p)
       pack_panel<T, P>(linear, p, scratch + (p - begin) * elements);
     // without more rows, their stride may be any number
-    const int64_t bytes = more ? kPanel * linear.row_stride * int64_t{sizeof(T)} : 0;
+    const int64_t bytes = fetches ? kPanel * linear.row_stride * int64_t{sizeof(T)} : 0;
     next = {static_cast<const char*>(linear.weight.data) + end * bytes, bytes, bytes};
   }
   alignas(64) float c[kMaxTileRows * kPanel];
@@ -322,7 +323,7 @@ static void gemm_unit(const Slice<T, P>& slice, const GemmUnits& units, int64_t 
     for (int64_t p = begin; p < end; ++p) {
       const int64_t column = p * kPanel, left = linear.rows - column;
       const typename P::Element* panel = panels + (p - begin) * elements;
-      const Ahead ahead = more ? next.ahead(p - begin, t, tiles, linear.cols) : Ahead{panel, 0};
+      const Ahead ahead = fetches ? next.ahead(p - begin, t, tiles, linear.cols) : Ahead{panel, 0};
       target.fetch(row, rows, column);
       multiply_rows<P>(rows, a.row(row), a.stride, panel, linear.cols, c, ahead);
       if (target.adds && left >= kPanel) {
