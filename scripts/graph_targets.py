@@ -178,7 +178,7 @@ def families(arguments: argparse.Namespace, missed: list[str]) -> None:
             fused = fuse(model, kind.examples(mask) if own else None, mask=mask, shapes=1)
             errors = [_errors(model, fused, source) for source in ("eager", "sdpa")]
             found, report = compare(fused), fused.report
-            eager, sdpa = (found.get(form, found.get("model")) for form in FORMS[:2])
+            eager, sdpa = (found.get(form, found.get("model")) for form in FORMS)
             layers = f"{len(report.detected)} of {len(report.expected)}"
             if report.detection_rate < 1 or any(isinstance(e, str) for e in errors):
                 missed.append(name)

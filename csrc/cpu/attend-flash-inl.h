@@ -85,47 +85,56 @@ static void add_together(const T* values, int64_t stride, const int32_t* list,
 template <class T, class P>
 struct FlashAttend {
   using Input = typename P::Input;
+  static constexpr int64_t kRows = tile_rows<P>();
   AttendTiles<T, P> tiles;
-  float *scores, *tops;  // (panels of a block, kMaxTileRows, kPanel), (block_queries)
-  Input* weights;        // (kMaxTileRows, weight_room)
+  float *scores, *tops;  // (panels of a block, kRows, kPanel), (block_queries)
+  Input* weights;        // (kRows, weight_room)
   int64_t weight_room;
 
   void carve(Arena* arena, const hff_attend_io& io, const AttendBlocks& blocks) {
     tiles.carve(arena, io, blocks.queries, blocks.keys);
-    scores = arena->take<float>(blocks.keys * kMaxTileRows);
+    scores = arena->take<float>(blocks.keys * kRows);
     tops = arena->take<float>(blocks.queries);
     weight_room = blocks.keys + 64 / static_cast<int64_t>(sizeof(Input));
-    weights = arena->take<Input>(kMaxTileRows * weight_room);
+    weights = arena->take<Input>(kRows * weight_room);
   }
 
-  // One row's scores, panels kMaxTileRows * kPanel apart, to weights; returns exp(m - m').
-  HFF_ALWAYS_INLINE float soften(float* row, int64_t panels, F scale, const float* bias, Input* out,
-                                 float* top, float* total) const {
-    F best = set1(kHidden), added = zero();
+  // The largest of a row's scores, from its products q k^T, panels kRows * kPanel apart.
+  // `bias` is for the panels from `open` on, whose scores are stored; those before are seen whole.
+  HFF_ALWAYS_INLINE static float peak_of(float* row, int64_t open, int64_t panels, F scale,
+                                         const float* bias) {
+    F best = set1(kHidden);
     for (int64_t p = 0; p < panels; ++p) {
       for (int64_t v = 0; v < kPanel; v += kLanes) {
-        float* at = row + p * kMaxTileRows * kPanel + v;
-        const F score = biased(load(at), scale, bias != nullptr ? bias + p * kPanel + v : nullptr);
-        store(score, at);
+        float* at = row + p * kRows * kPanel + v;
+        F score = mul(load(at), scale);
+        if (p >= open) store(score = biased(score, bias + (p - open) * kPanel + v), at);
         best = max(score, best);
       }
     }
-    float peak = largest(best);
+    return largest(best);
+  }
+  // The same row to weights under a `peak`; returns exp(m - m').
+  HFF_ALWAYS_INLINE static float soften(const float* row, int64_t open, int64_t panels, F scale,
+                                        float peak, Input* out, float* top, float* total) {
     peak = *top > peak ? *top : peak;
-    if (peak == kHidden && panels_hidden(row, panels)) {
+    if (open == 0 && peak == kHidden && panels_hidden(row, panels)) {
       for (int64_t j = 0; j < panels * kPanel; j += kLanes) store(zero(), out + j);
       return 1.0f;
     }
+    const F less = set1(-peak);
+    F added = zero();
     for (int64_t p = 0; p < panels; ++p) {
+      const F by = p < open ? scale : set1(1.0f);
       for (int64_t v = 0; v < kPanel; v += kLanes) {
-        const F score = load(row + p * kMaxTileRows * kPanel + v);
-        const F weight = exp_negative(sub(score, set1(peak)));
+        const F score = load(row + p * kRows * kPanel + v);
+        const F weight = exp_negative_for<T>(fma(score, by, less));
         store_input_n(weight, out + p * kPanel + v, kLanes);
         added = add(added, weight);
       }
     }
-    float decay = 1.0f;
-    if (peak != *top) {
+    float decay = *top == kHidden ? 0.0f : 1.0f;
+    if (peak != *top && *top != kHidden) {
       float factor[kLanes];
       store(exp_negative(set1(*top - peak)), factor);
       decay = factor[0];
@@ -136,37 +145,43 @@ struct FlashAttend {
   }
   static bool panels_hidden(const float* row, int64_t panels) {
     for (int64_t p = 0; p < panels; ++p) {
-      if (!all_hidden(row + p * kMaxTileRows * kPanel, kPanel)) return false;
+      if (!all_hidden(row + p * kRows * kPanel, kPanel)) return false;
     }
     return true;
   }
 
-  // Folds keys [j, j + n), packed, into rows [row, row + count) of the block.
+  // Folds keys [j, j + n), packed as the first of `block` keys, into rows [row, row + count).
   void fold_tile(const Attend<T>& a, int64_t b, int64_t g, int64_t first, int64_t row,
-                 int64_t count, int64_t j, int64_t n, bool finite) const {
+                 int64_t count, int64_t j, int64_t n, int64_t block, bool finite) const {
     const int64_t panels = panels_of(n), dim = a.io.head_dim;
-    const bool all = n % kPanel == 0 && a.see_all(first + row, count, j, n);
+    const int64_t seen = a.seen_by_all(first + row, count, j, n), open = seen / kPanel;
+    const int64_t from = open * kPanel;  // the first key with a bias
     const F scale = set1(a.io.scale);
-    float decay[kMaxTileRows];
+    float peaks[kRows], decay[kRows];
     for (int64_t p = 0; p < panels; ++p) {
       multiply_rows<P>(count, tiles.queries.row(row), tiles.queries.stride,
                        tiles.keys + p * panel_elements<P>(dim), dim,
-                       scores + p * kMaxTileRows * kPanel);
+                       scores + p * kRows * kPanel);
+    }
+    for (int64_t r = 0; r < count; ++r) {
+      const int64_t at = first + row + r, h = a.head_of(g, at);
+      if (open < panels && (r == 0 || seen < n))
+        bias_of(a, b, h, a.query_of(at), j + from, n - from, panels * kPanel - from, tiles.bias);
+      peaks[r] = peak_of(scores + r * kPanel, open, panels, scale, tiles.bias);
     }
     for (int64_t r = 0; r < count; ++r) {
       const int64_t at = first + row + r, h = a.head_of(g, at);
       Input* out = weights + r * weight_room;
-      if (!all) bias_of(a, b, h, a.query_of(at), j, n, whole_panels(n), tiles.bias);
-      decay[r] = soften(scores + r * kPanel, panels, scale, all ? nullptr : tiles.bias, out,
-                        tops + row + r, tiles.totals + row + r);
+      decay[r] = soften(scores + r * kPanel, open, panels, scale, peaks[r], out, tops + row + r,
+                        tiles.totals + row + r);
       if (finite) continue;
       float* context = tiles.context + (row + r) * tiles.context_room;
       for (int64_t d = 0; d < tiles.context_room; d += kLanes)
         store(mul(load(context + d), set1(decay[r])), context + d);
-      if (all) bias_of(a, b, h, a.query_of(at), j, n, n, tiles.bias);
+      bias_of(a, b, h, a.query_of(at), j, n, n, tiles.bias);
       add_seen_values(a, b, g, j, n, out, tiles.bias, context);
     }
-    if (finite) tiles.add_values(row, count, weights, weight_room, whole_panels(n), decay);
+    if (finite) tiles.add_values(row, count, weights, weight_room, panels * kPanel, block, decay);
   }
 
   // Rows [first, first + rows) of (b, g) over keys [begin, end) of those they see.
@@ -180,8 +195,9 @@ struct FlashAttend {
       const bool finite = pack_values<T, P>(a, b, g, j, n, whole_panels(n), tiles.values);
       each_tile<P>(rows, [&](int64_t row, int64_t count) {
         const int64_t low = a.query_of(first + row), high = a.query_of(first + row + count - 1);
-        if (a.limit(high) > j && a.first(low) < j + n)
-          fold_tile(a, b, g, first, row, count, j, n, finite);
+        const int64_t seen = a.limit(high) - j < n ? a.limit(high) - j : n;
+        if (seen > 0 && a.first(low) < j + seen)
+          fold_tile(a, b, g, first, row, count, j, seen, whole_panels(n), finite);
       });
     }
   }

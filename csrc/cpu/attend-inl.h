@@ -44,9 +44,11 @@ struct Attend {
     return end > 0 ? end : 0;
   }
   bool masked() const { return io.mask.kind != HFF_MASK_NONE; }
-  // Whether rows [row, row + n) see all of keys [j, j + keys).
-  bool see_all(int64_t row, int64_t n, int64_t j, int64_t keys) const {
-    return !masked() && limit(query_of(row)) >= j + keys && first(query_of(row + n - 1)) <= j;
+  // How many of keys [j, j + keys), from the first on, all of rows [row, row + n) see.
+  int64_t seen_by_all(int64_t row, int64_t n, int64_t j, int64_t keys) const {
+    if (masked() || first(query_of(row + n - 1)) > j) return 0;
+    const int64_t seen = limit(query_of(row)) - j;
+    return seen < 0 ? 0 : seen < keys ? seen : keys;
   }
   // The mask of head h alone.
   hff_mask mask_of(int64_t h) const {
@@ -106,12 +108,10 @@ static void bias_of(const Attend<T>& a, int64_t b, int64_t h, int64_t i, int64_t
   }
 }
 
-// scale x + bias, kHidden where the bias is. bias may be null.
-HFF_INLINE F biased(F x, F scale, const float* bias) {
-  const F scaled = mul(x, scale);
-  if (bias == nullptr) return scaled;
-  const F add_bias = load(bias);
-  return select_lt(add_bias, set1(-3.40282347e38f), set1(kHidden), add(scaled, add_bias));
+// score + bias, kHidden where the bias is.
+HFF_INLINE F biased(F score, const float* bias) {
+  const F b = load(bias);
+  return select_lt(b, set1(-3.40282347e38f), set1(kHidden), add(score, b));
 }
 
 // Whether a row of n biased scores is hidden throughout; NaN is not hidden.

@@ -62,7 +62,7 @@ struct NaiveRun {
     for (int64_t j = keys; j < row_room; ++j) row[j] = 0.0f;
     bias_of(attend, b, h, i, 0, keys, row_room, bias);
     for (int64_t j = 0; j < row_room; j += kLanes)
-      store(biased(load(row + j), set1(attend.io.scale), bias + j), row + j);
+      store(biased(mul(load(row + j), set1(attend.io.scale)), bias + j), row + j);
   }
 
   static void work(void* self, int thread, int) {

@@ -63,13 +63,13 @@ struct AttendTiles {
       pack_panel<T, P>(rows, p, keys + p * panel_elements<P>(rows.cols));
   }
 
-  // context of `rows` rows from `row` on = decay[r] context + weights values; n whole panels of
-  // keys.
+  // context of `rows` rows from `row` on = decay[r] context + weights values, of the first n of
+  // `block` keys; whole panels both.
   HFF_ALWAYS_INLINE void add_values(int64_t row, int64_t rows, const Input* weights, int64_t stride,
-                                    int64_t n, const float* decay) const {
+                                    int64_t n, int64_t block, const float* decay) const {
     alignas(64) float product[kMaxTileRows * kPanel];
     for (int64_t d = 0; d < context_room; d += kPanel) {
-      multiply_rows<P>(rows, weights, stride, values + d * n, n, product);
+      multiply_rows<P>(rows, weights, stride, values + d * block, n, product);
       for (int64_t r = 0; r < rows; ++r) {
         float* to = context + (row + r) * context_room + d;
         const F old = set1(decay[r]);
@@ -119,7 +119,7 @@ struct TiledUnit {
       const int64_t n = end - j < block ? end - j : block;
       tiles.load_keys(a, b, g, j, n);
       each_tile<P>(rows, [&](int64_t row, int64_t count) {
-        const bool all = n % kPanel == 0 && a.see_all(first + row, count, j, n);
+        const bool all = n % kPanel == 0 && a.seen_by_all(first + row, count, j, n) == n;
         for (int64_t p = 0; p < panels_of(n); ++p) {
           multiply_rows<P>(count, tiles.queries.row(row), tiles.queries.stride,
                            tiles.keys + p * panel_elements<P>(a.io.head_dim), a.io.head_dim, c);
@@ -130,7 +130,8 @@ struct TiledUnit {
                       n - from < kPanel ? n - from : kPanel, kPanel, tiles.bias);
             }
             for (int64_t v = 0; v < kPanel; v += kLanes) {
-              store(biased(load(c + r * kPanel + v), scale, all ? nullptr : tiles.bias + v),
+              const F score = mul(load(c + r * kPanel + v), scale);
+              store(all ? score : biased(score, tiles.bias + v),
                     scores + (row + r) * row_room + j - begin + from + v);
             }
           }
@@ -148,7 +149,8 @@ struct TiledUnit {
       const Input* from = weights + j - begin;
       if (pack_values<T, P>(a, b, g, j, n, whole_panels(n), tiles.values)) {
         each_tile<P>(rows, [&](int64_t row, int64_t count) {
-          tiles.add_values(row, count, from + row * row_room, row_room, whole_panels(n), ones);
+          tiles.add_values(row, count, from + row * row_room, row_room, whole_panels(n),
+                           whole_panels(n), ones);
         });
         continue;
       }

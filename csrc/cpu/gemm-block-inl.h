@@ -218,7 +218,8 @@ struct GemmPass {
     const typename Scratch::Flash flash = Scratch::flash_of(&own, s.heads.head_dim);
     for (int64_t r = first_row(); r < end_row(); ++r)
       zero_tail<P>(scratch.context.row(r), s.q_width);
-    const int64_t heads = s.heads.kv_heads, block = kLayerBlocks.queries;
+    const AttendBlocks blocks = layer_blocks<typename Scratch::Exact>(s.heads.head_dim);
+    const int64_t heads = s.heads.kv_heads, block = blocks.queries;
     const int64_t tiles = ceil_div(attention.longest() * attention.group(), block);
     Shares units(counters_of(s.index, Scratch::kAttend), call.batch * heads * tiles, thread, width);
     for (int64_t u = units.take(); u >= 0; u = units.take()) {
@@ -228,7 +229,7 @@ struct GemmPass {
       const Attend<T> a(io);
       const int64_t left = a.rows() - first, rows = left < block ? left : block;
       if (rows <= 0) continue;
-      flash.run(a, 0, g, first, rows, 0, a.limit(a.query_of(first + rows - 1)), kLayerBlocks.keys);
+      flash.run(a, 0, g, first, rows, 0, a.limit(a.query_of(first + rows - 1)), blocks.keys);
       for (int64_t r = 0; r < rows; ++r) {
         const int64_t row = attention.row_index(b, a.query_of(first + r));
         store_head(flash, r, scratch.context.row(row), a.head_of(g, first + r), s);

@@ -32,7 +32,13 @@ struct Slices {
   }
 };
 
-constexpr AttendBlocks kLayerBlocks{128, 64};
+// Of attention in a layer: 256 keys of 64 in 16 bits (197 are a ViT's patches), 64 in fp32, whose
+// scratch counts.
+template <class P>
+HFF_INLINE AttendBlocks layer_blocks(int64_t dim) {
+  const int64_t keys = sizeof(typename P::Element) == 2 ? 256 * 64 / dim / kPanel * kPanel : 64;
+  return {128, keys > 256 ? 256 : keys < 64 ? 64 : keys};
+}
 
 // Scratch of a call of many rows. A second carving over the same sizes hands out the same pieces.
 template <class T, class P>
@@ -59,7 +65,7 @@ struct GemmScratch {
 
   void carve(Arena* arena, const hff_call& call, const hff_block* blocks, int64_t count,
              int64_t hidden, int64_t row_count, int32_t stage) {
-    int64_t qkv_width = 1, context_width = 1, mlp_width = 1, dim = 1, cols = hidden;
+    int64_t qkv_width = 1, context_width = 1, mlp_width = 1, flash_room = 0, cols = hidden;
     bool parallel = false;
     for (int64_t l = 0; l < count; ++l) {
       const hff_block& b = blocks[l];
@@ -69,7 +75,9 @@ struct GemmScratch {
       qkv_width = larger(qkv_width, (heads + 2 * kv_heads) * b.heads.head_dim);
       context_width = larger(context_width, heads * b.heads.head_dim);
       mlp_width = larger(mlp_width, b.mlp_width / slices.mlp);
-      dim = larger(dim, b.heads.head_dim);
+      Arena flash(nullptr);
+      flash_of(&flash, b.heads.head_dim);
+      flash_room = larger(flash_room, flash.used().value());
       parallel |= b.residual == HFF_RESIDUAL_PARALLEL;
     }
     cols = larger(larger(cols, context_width), mlp_width);
@@ -94,9 +102,7 @@ struct GemmScratch {
     char* shared = arena->take<char>(act_larger ? between : attending);
     counters = arena->take<Counter>(counter_count(count, call.threads));
     const int64_t panels = group_room<P>(cols) * int64_t{sizeof(typename P::Element)};
-    Arena flash(nullptr);
-    flash_of(&flash, dim);
-    own_room = larger(larger(panels, pad_lanes(hidden) * 4), flash.used().value());
+    own_room = larger(larger(panels, pad_lanes(hidden) * 4), flash_room);
     own_room = (own_room + 63) / 64 * 64;
     own = arena->take<char>(threads * Size(own_room));
     if (x == nullptr) return;
@@ -110,7 +116,7 @@ struct GemmScratch {
     hff_attend_io io = {};
     io.head_dim = dim;
     Flash flash;
-    flash.carve(arena, io, kLayerBlocks);
+    flash.carve(arena, io, layer_blocks<Exact>(dim));
     return flash;
   }
   static Size counter_count(int64_t layers, int32_t threads) {

@@ -16,6 +16,8 @@
 
 #include "cpu/vec-inl.h"
 
+#include "cpu/elementary-inl.h"
+
 #include "cpu/norm-inl.h"
 
 #include "cpu/gemv-inl.h"

@@ -76,6 +76,7 @@ HFF_INLINE F mul(F a, F b) { return {_mm512_mul_ps(a.v, b.v)}; }
 HFF_INLINE F div(F a, F b) { return {_mm512_div_ps(a.v, b.v)}; }
 HFF_INLINE F fma(F a, F b, F c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 HFF_INLINE F max(F a, F b) { return {_mm512_max_ps(a.v, b.v)}; }  // b where either is NaN
+HFF_INLINE F min(F a, F b) { return {_mm512_min_ps(a.v, b.v)}; }  // likewise
 HFF_INLINE F abs(F a) { return {_mm512_abs_ps(a.v)}; }
 HFF_INLINE F round(F a) {
   return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
@@ -83,7 +84,7 @@ HFF_INLINE F round(F a) {
 HFF_INLINE F select_lt(F a, F b, F yes, F no) {
   return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ), no.v, yes.v)};
 }
-HFF_INLINE F scale2(F a, F n) {  // a 2^n, n integral in [-126, 127]
+HFF_INLINE F scale2(F a, F n) {  // a 2^n, n integral and at most 127; below -126 it may be zero
   return {_mm512_scalef_ps(a.v, n.v)};
 }
 HFF_INLINE F zero_below(F x, float least, F a) {  // a, or 0 where x < least
@@ -168,6 +169,7 @@ HFF_INLINE F mul(F a, F b) { return {_mm256_mul_ps(a.v, b.v)}; }
 HFF_INLINE F div(F a, F b) { return {_mm256_div_ps(a.v, b.v)}; }
 HFF_INLINE F fma(F a, F b, F c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
 HFF_INLINE F max(F a, F b) { return {_mm256_max_ps(a.v, b.v)}; }
+HFF_INLINE F min(F a, F b) { return {_mm256_min_ps(a.v, b.v)}; }
 HFF_INLINE F abs(F a) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v)}; }
 HFF_INLINE F round(F a) {
   return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
@@ -175,7 +177,7 @@ HFF_INLINE F round(F a) {
 HFF_INLINE F select_lt(F a, F b, F yes, F no) {
   return {_mm256_blendv_ps(no.v, yes.v, _mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ))};
 }
-HFF_INLINE F pow2(F n) {  // n integral in [-126, 127]
+HFF_INLINE F pow2(F n) {  // n integral in [-127, 127]; -127 gives zero
   const __m256i e = _mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127));
   return {_mm256_castsi256_ps(_mm256_slli_epi32(e, 23))};
 }
@@ -233,6 +235,7 @@ HFF_INLINE F mul(F a, F b) { HFF_LANES(a.v[i] * b.v[i]); }
 HFF_INLINE F div(F a, F b) { HFF_LANES(a.v[i] / b.v[i]); }
 HFF_INLINE F fma(F a, F b, F c) { HFF_LANES(a.v[i] * b.v[i] + c.v[i]); }
 HFF_INLINE F max(F a, F b) { HFF_LANES(a.v[i] > b.v[i] ? a.v[i] : b.v[i]); }
+HFF_INLINE F min(F a, F b) { HFF_LANES(a.v[i] < b.v[i] ? a.v[i] : b.v[i]); }
 HFF_INLINE F abs(F a) { HFF_LANES(__builtin_fabsf(a.v[i])); }
 HFF_INLINE F round(F a) {
   HFF_LANES((a.v[i] + 0x1.8p23f) - 0x1.8p23f);
@@ -262,7 +265,7 @@ HFF_INLINE void store(F a, T* p) {
 #endif
 
 #if !defined(__AVX512F__)
-HFF_INLINE F scale2(F a, F n) { return mul(a, pow2(n)); }
+HFF_INLINE F scale2(F a, F n) { return mul(a, pow2(max(set1(-127.0f), n))); }
 HFF_INLINE F zero_below(F x, float least, F a) { return select_lt(x, set1(least), zero(), a); }
 HFF_INLINE F reciprocal(F a) { return div(set1(1.0f), a); }
 
@@ -290,113 +293,6 @@ HFF_INLINE float max_lane(F a) {
   float best = lanes[0];
   for (int i = 1; i < kLanes; ++i) best = lanes[i] > best || lanes[i] != lanes[i] ? lanes[i] : best;
   return best;
-}
-
-// ---- elementary functions -----------------------------------------------------------------------
-
-constexpr float kLeastExp = -87.33654f;  // e^x is a normal number down to it
-
-// e^x to 1 ulp: x = n ln2 + r, |r| <= ln2 / 2, degree-6 polynomial. 0 below -87.3, inf above 88.7,
-// NaN kept.
-HFF_INLINE F exp(F x) {
-  const F n = round(mul(select_lt(abs(x), set1(100.0f), x, zero()), set1(1.44269504f)));
-  F r = fma(n, set1(-0.693145752f), x);
-  r = fma(n, set1(-1.42860677e-6f), r);
-  F p = fma(set1(0.0013948581f), r, set1(0.008375129f));
-  p = fma(p, r, set1(0.041666217f));
-  p = fma(p, r, set1(0.16666415f));
-  p = fma(p, r, set1(0.5f));
-  p = fma(p, r, set1(1.0f));
-  p = fma(p, r, set1(1.0f));
-  const F half = round(mul(n, set1(0.5f)));  // n reaches 128
-  p = scale2(scale2(p, half), sub(n, half));
-  return select_lt(set1(88.72283f), x, set1(__builtin_inff()), zero_below(x, kLeastExp, p));
-}
-
-// e^x for x <= 0 in half the work: 0 below -87.3, NaN kept.
-HFF_INLINE F exp_negative(F x) {
-  const F n = round(mul(max(set1(kLeastExp), x), set1(1.44269504f)));
-  F r = fma(n, set1(-0.693145752f), x);
-  r = fma(n, set1(-1.42860677e-6f), r);
-  F p = fma(set1(0.0013948581f), r, set1(0.008375129f));
-  p = fma(p, r, set1(0.041666217f));
-  p = fma(p, r, set1(0.16666415f));
-  p = fma(p, r, set1(0.5f));
-  p = fma(p, r, set1(1.0f));
-  p = fma(p, r, set1(1.0f));
-  return zero_below(x, kLeastExp, scale2(p, n));
-}
-
-// erfc(z) for z >= 0: 1 - z P(z^2) below 1, t exp(-z^2 + Q(t)) with t = 1 / (1 + z / 2) above; the
-// coefficients are Chebyshev fits of erf(z) / z and of log(erfc(z) / t) + z^2; relative error 1e-7
-// below 1, 7e-7 to 3, 4e-6 to 9.
-HFF_INLINE F erfc_positive(F z) {
-  const F s = mul(z, z);
-  F p = fma(set1(7.882497448e-05f), s, set1(-8.018855006e-04f));
-  p = fma(p, s, set1(5.189312156e-03f));
-  p = fma(p, s, set1(-2.685432881e-02f));
-  p = fma(p, s, set1(1.128359735e-01f));
-  p = fma(p, s, set1(-3.761262596e-01f));
-  p = fma(p, s, set1(1.128379107f));
-  const F near = fma(sub(zero(), z), p, set1(1.0f));
-  const F t = div(set1(1.0f), fma(z, set1(0.5f), set1(1.0f)));
-  F q = fma(set1(-0.1427883953f), t, set1(0.6457005143f));
-  q = fma(q, t, set1(-0.9107971787f));
-  q = fma(q, t, set1(0.3207326531f));
-  q = fma(q, t, set1(-0.04148041084f));
-  q = fma(q, t, set1(0.3973717391f));
-  q = fma(q, t, set1(0.9978312254f));
-  q = fma(q, t, set1(-1.265424490f));
-  const F far = mul(t, exp_negative(sub(q, s)));
-  return select_lt(z, set1(1.0f), near, far);
-}
-
-// The same to 1e-6, which results in 16 bits do not see: t exp(-z^2 + Q(t)) throughout.
-HFF_INLINE F erfc_positive_16(F z) {
-  const F t = reciprocal(fma(z, set1(0.5f), set1(1.0f)));
-  F q = fma(set1(-0.1884512564f), t, set1(0.7541242495f));
-  q = fma(q, t, set1(-1.004952703f));
-  q = fma(q, t, set1(0.3528732306f));
-  q = fma(q, t, set1(-0.04086586798f));
-  q = fma(q, t, set1(0.3941726096f));
-  q = fma(q, t, set1(0.9985769408f));
-  q = fma(q, t, set1(-1.265477939f));
-  return mul(t, exp_negative(sub(q, mul(z, z))));
-}
-
-// x Phi(x), as torch.nn.functional.gelu(x), for results of type T: for x < 0 from erfc directly,
-// without the cancellation in 1 + erf.
-template <class T>
-HFF_INLINE F gelu_erf(F x) {
-  const F z = mul(abs(x), set1(0.707106781f));
-  const F c = sizeof(T) == 4 ? erfc_positive(z) : erfc_positive_16(z);
-  return mul(mul(x, set1(0.5f)), select_lt(x, zero(), c, sub(set1(2.0f), c)));
-}
-
-// x / (1 + e^-y)
-HFF_INLINE F gate(F x, F y) { return div(x, add(set1(1.0f), exp(sub(zero(), y)))); }
-HFF_INLINE F silu(F x) { return gate(x, x); }
-
-// torch.nn.functional.gelu(x, approximate="tanh"): 0.5 (1 + tanh u) = 1 / (1 + e^-2u)
-HFF_INLINE F gelu_tanh(F x) {
-  const F cubic = fma(mul(mul(x, x), set1(0.044715f)), x, x);
-  return gate(x, mul(cubic, set1(1.59576912f)));
-}
-
-template <class T>
-HFF_INLINE F activate(F x, int32_t activation) {
-  switch (activation) {
-    case HFF_ACT_GELU_ERF:
-      return gelu_erf<T>(x);
-    case HFF_ACT_GELU_TANH:
-      return gelu_tanh(x);
-    case HFF_ACT_RELU:
-      return select_lt(x, zero(), zero(), x);
-    case HFF_ACT_SILU:
-      return silu(x);
-    default:
-      return x;
-  }
 }
 
 }  // namespace HFF_ISA

@@ -145,10 +145,6 @@ bool run_fork(const Options& options, const std::string& isa) {
     tally.skip("ThreadSanitizer does not follow a fork of threads");
     return tally.print();
   }
-#if defined(__SANITIZE_ADDRESS__)
-  tally.skip("a lock of AddressSanitizer's allocator that is held at a fork hangs the child");
-  return tally.print();
-#endif
   for (int64_t i = 0; i < options.count(50); ++i) {
     const uint64_t seed = options.seed + static_cast<uint64_t>(i);
     Random random(seed), other(seed + 1);
@@ -159,13 +155,16 @@ bool run_fork(const Options& options, const std::string& isa) {
     if (failure.empty()) failure = call_known(mine, 2);
     std::atomic<bool> stop{false};
     std::string caller_failure;
-    std::thread caller([&] {
-      while (i % 2 && !stop.load() && caller_failure.empty())
-        caller_failure = call_known(theirs, 2);
-    });
+    std::thread caller;
+    // a lock of AddressSanitizer's allocator that another thread holds at the fork hangs the child
+    if (i % 2 && !HFF_TESTS_ASAN) {
+      caller = std::thread([&] {
+        while (!stop.load() && caller_failure.empty()) caller_failure = call_known(theirs, 2);
+      });
+    }
     if (failure.empty()) failure = call_in_child(mine);
     stop.store(true);
-    caller.join();
+    if (caller.joinable()) caller.join();
     if (failure.empty()) failure = caller_failure;
     if (failure.empty()) failure = call_known(mine, 2);  // the parent's team is as before
     tally.end(failure);

@@ -14,6 +14,11 @@
 #else
 #define HFF_TESTS_TSAN 0
 #endif
+#if defined(__SANITIZE_ADDRESS__)
+#define HFF_TESTS_ASAN 1
+#else
+#define HFF_TESTS_ASAN 0
+#endif
 
 namespace hff_test {
 
