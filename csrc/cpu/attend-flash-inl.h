@@ -160,8 +160,7 @@ struct FlashAttend {
     float peaks[kRows], decay[kRows];
     for (int64_t p = 0; p < panels; ++p) {
       multiply_rows<P>(count, tiles.queries.row(row), tiles.queries.stride,
-                       tiles.keys + p * panel_elements<P>(dim), dim,
-                       scores + p * kRows * kPanel);
+                       tiles.keys + p * panel_elements<P>(dim), dim, scores + p * kRows * kPanel);
     }
     for (int64_t r = 0; r < count; ++r) {
       const int64_t at = first + row + r, h = a.head_of(g, at);
