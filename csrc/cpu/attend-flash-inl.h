@@ -133,7 +133,7 @@ struct FlashAttend {
         added = add(added, weight);
       }
     }
-    float decay = *top == kHidden ? 0.0f : 1.0f;
+    float decay = 1.0f;
     if (peak != *top && *top != kHidden) {
       float factor[kLanes];
       store(exp_negative(set1(*top - peak)), factor);

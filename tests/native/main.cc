@@ -4,8 +4,9 @@
 //   --seed N       first seed; trial i uses N + i, so a printed seed with --trials 1 replays one
 //   trial
 //   --trials N     per row and instruction set, instead of the row's own count
-//   --only a,b     rows (parity, exact, differential, determinism, edge, panels, strides, host,
-//   threads, fork, openmp, allocation; of cuda also seeds, values, unsupported, schedules)
+//   --only a,b     rows (parity, exact, activations, differential, determinism, edge, panels,
+//   strides, host, threads, fork, openmp, allocation; of cuda also seeds, values, unsupported,
+//   schedules)
 //                  and kernels (norm, linear, block, model, pack, attend)
 //   --isa NAME     one instruction set instead of all the machine has; one that is absent is an
 //   error. "cuda", which is none of those: CUDA kernels on host fibers, in builds with HFF_EMULATE
@@ -80,6 +81,7 @@ struct RowEntry {
 };
 constexpr RowEntry kRows[] = {{"host", run_host, kHost},
                               {"exact", run_exact, kHost},
+                              {"activations", run_activations, kHost},
                               {"schedules", run_schedules, kDevice},
                               {"unsupported", run_unsupported, kDevice},
                               {"parity", run_parity, kEither},

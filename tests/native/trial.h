@@ -89,6 +89,7 @@ const Kernel& pick_kernel(Random& random, const Options& options);
 // The rows: each returns whether it was clean.
 bool run_parity(const Options& options, const std::string& isa);
 bool run_exact(const Options& options, const std::string& isa);
+bool run_activations(const Options& options, const std::string& isa);
 bool run_differential(const Options& options, const std::string& isa);
 bool run_determinism(const Options& options, const std::string& isa);
 bool run_edge(const Options& options, const std::string& isa);
