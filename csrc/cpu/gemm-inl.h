@@ -251,7 +251,8 @@ struct GemmUnits {
     const int64_t bytes =
         panel_elements<P>(linear.cols) * static_cast<int64_t>(sizeof(typename P::Element));
     const int64_t most = kGroupBytes / bytes < 1 ? 1 : kGroupBytes / bytes;
-    const int64_t wanted = threads == 1 ? 1 : 2 * threads;  // more would pack the same panels again
+    const int64_t each = linear.packed.data != nullptr ? 4 : 2;  // more would pack panels again
+    const int64_t wanted = threads == 1 ? 1 : each * threads;
     u.groups = ceil_div(u.panels, most);
     if (u.groups < wanted) u.groups = wanted < u.panels ? wanted : u.panels;
     u.groups = ceil_div(u.groups, threads) * threads;
