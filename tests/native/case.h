@@ -103,7 +103,8 @@ class Case {
 
   Arena arena;
   std::vector<Result> results;
-  std::vector<Array> lengths;  // cells a successful call advances, by `queries`
+  std::vector<Array> lengths;       // cells a successful call advances, by `queries`
+  std::vector<int64_t> capacities;  // of the caches that they belong to
   int64_t queries = 0;
   Greedy greedy;
   std::vector<Spot> spots;

@@ -80,7 +80,8 @@ class BlockCase : public CaseOf<BlockCase> {
            std::to_string(block_.hidden) + " mlp " + std::to_string(block_.mlp_width) +
            kResiduals[block_.residual] + (block_.separate() ? " q, k, v" : " qkv") +
            " activation " + std::to_string(block_.activation) +
-           (block_.attention_norm.kind ? " rms" : " layer") + " stage " + std::to_string(stage_);
+           (block_.attention_norm.kind ? " rms" : " layer") +
+           (block_.mlp_norm.kind ? " rms" : " layer") + " stage " + std::to_string(stage_);
   }
 
   hff_status call_rows(int64_t first, int64_t count, int32_t threads) override {

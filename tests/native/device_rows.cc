@@ -139,7 +139,8 @@ std::string spoilt_value(Random& random, Value value, Case& c, const Design& des
   int64_t rows_spoilt = 1;
   if (value == kFull) {
     rows_spoilt = design.batch;
-    for (const Array& cell : c.lengths) cell.set(0, random.pick({1e6, -1.0}));
+    for (size_t i = 0; i < c.lengths.size(); ++i)
+      c.lengths[i].set(0, random.pick({static_cast<double>(c.capacities[i]), 1e6, -1.0}));
   } else {
     const Indices& spoilt = *indices_of(c, value);
     if (value == kPosition && spoilt.array.count == 1) rows_spoilt = design.batch;  // one for all
@@ -147,12 +148,14 @@ std::string spoilt_value(Random& random, Value value, Case& c, const Design& des
                      random.pick({-1.0, static_cast<double>(spoilt.limit), 1e15, -1e15}));
   }
   c.seal();
+  std::vector<double> lengths;
+  for (const Array& cell : c.lengths) lengths.push_back(cell.get(0));
   const int64_t advanced = c.queries;
   if (value == kFull) c.queries = 0;
   failure = call_checked(c, 0, c.independent_rows(), 1);
-  for (const Array& cell : c.lengths) {
-    const double length = cell.get(0);
-    if (failure.empty() && value == kFull && length != 1e6 && length != -1)
+  for (size_t i = 0; i < lengths.size(); ++i) {
+    const double length = c.lengths[i].get(0);
+    if (failure.empty() && value == kFull && length != lengths[i])
       failure = "a full cache counted to " + std::to_string(length);
   }
   c.queries = advanced;

@@ -227,6 +227,7 @@ CacheData draw_cache(Random& random, Case& c, const Design& design, const CallDa
   const CacheData cache =
       CacheData::random(random, c.arena, call.dtype, call.batch, heads, call.past, call.queries);
   c.lengths.push_back(cache.length);
+  c.capacities.push_back(cache.capacity);
   c.queries = call.queries;
   if (design.nan_behind_mask) spoil_unseen(random, call, cache);
   return cache;

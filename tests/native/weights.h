@@ -156,7 +156,9 @@ struct BlockData {
     b.residual = residual;
     b.activation = activation;
     b.attention_norm = NormData::random(random, arena, dtype, hidden, norm_kind);
-    b.mlp_norm = NormData::random(random, arena, dtype, hidden, norm_kind);
+    const int32_t other = norm_kind == HFF_NORM_RMS ? HFF_NORM_LAYER : HFF_NORM_RMS;
+    b.mlp_norm =
+        NormData::random(random, arena, dtype, hidden, random.chance(0.2) ? other : norm_kind);
     const bool separate = heads.layout == HFF_QKV_STACKED && random.chance(0.5);
     const int64_t kv_rows = heads.kv_heads * heads.head_dim;
     b.qkv = LinearData::random(random, arena, dtype, separate ? heads.width() : heads.qkv_width(),
