@@ -170,7 +170,10 @@ void check_access(const void* p, size_t bytes, const char* primitive) {
   }
   size_t offset = 0;
   const Cta* cta = engine->owner_of(p, &offset);
-  if (cta == nullptr) return;
+  if (cta == nullptr) {
+    if (fiber->depends) engine->stop(fiber, "%p is global memory, before dependencies_wait", p);
+    return;
+  }
   if (offset + bytes > static_cast<size_t>(engine->launch.shared_bytes)) {
     engine->stop(fiber, "%zu bytes at shared + %zu, the block has %d bytes", bytes, offset,
                  engine->launch.shared_bytes);

@@ -65,6 +65,7 @@ struct Fiber : Identity {
   Wait wait = Wait::kNothing;
   bool exited = true;
   bool cluster_arrived = false;
+  bool depends = false;              // on the launch ahead, for which it has not waited
   const char* primitive = "";        // the last that was called
   Fiber* next_waiter = nullptr;      // of the same thing
   const void* object = nullptr;      // what it waits for

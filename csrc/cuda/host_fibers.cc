@@ -188,6 +188,7 @@ void Engine::start_cluster(Cluster* cluster) {
                                        rank,   launch.cluster, cta.arena};
       fiber.cta = &cta;
       fiber.exited = fiber.cluster_arrived = false;
+      fiber.depends = launch.dependent;
       fiber.primitive = "start";
       fiber.polled = nullptr;
       fiber.groups = fiber.oldest = fiber.copies = 0;
@@ -216,6 +217,7 @@ void Engine::end_fiber(Fiber* fiber) {
   Warp& warp = cta.warps[static_cast<size_t>(fiber->thread / 32)];
   fiber->primitive = "exit";
   if (fiber->cluster_arrived) stop(fiber, "cluster_arrive without cluster_wait");
+  if (fiber->depends) stop(fiber, "no dependencies_wait in a launch that may start early");
   if (cluster.arrived > 0) {
     stop(fiber, "%d threads have arrived at the cluster barrier and wait for this one",
          cluster.arrived);

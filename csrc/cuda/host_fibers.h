@@ -15,10 +15,12 @@
 //   fenced; warps that part at a collective; threads that leave while others wait for them; shared
 //   memory of a block that has ended or not begun. When nobody can run and no copy is in flight,
 //   the report says who waits for what.
+// - Launches never overlap, also those that may. Every thread of one that may must call
+//   dependencies_wait before it ends, and before a primitive reads or writes global memory; only
+//   copies to shared memory, of what no launch writes, may be under way by then.
 //
 // After a report the fibers are abandoned: destructors of a kernel's locals do not run. A loop that
-// calls no primitive is not interrupted. Launches never overlap, also those that may: what a kernel
-// reads before dependencies_wait is not judged.
+// calls no primitive is not interrupted.
 #pragma once
 
 #include <cstddef>
@@ -84,6 +86,7 @@ uint32_t load_acquire(const uint32_t* p);
 uint32_t add_acq_rel(uint32_t* p, uint32_t addend);
 void store_relaxed(uint32_t* p, uint32_t value);
 void wait_for(const uint32_t* counter, uint32_t target);
+void dependencies_wait();
 void switch_point();
 // Aligned to 16 bytes or to its size; in shared memory, of a live block and with no copy under way.
 void check_access(const void* p, size_t bytes, const char* primitive);

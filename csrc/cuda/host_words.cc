@@ -60,6 +60,10 @@ Fiber* enter_word(const char* primitive, const uint32_t* p) {
   if (fiber->engine->owner_of(p, &offset) != nullptr) {
     fiber->engine->stop(fiber, "the word is in shared memory, at %zu", offset);
   }
+  if (fiber->depends) {
+    fiber->engine->stop(fiber, "%p is global memory, before dependencies_wait",
+                        static_cast<const void*>(p));
+  }
   return fiber;
 }
 }  // namespace
@@ -98,6 +102,12 @@ void wait_for(const uint32_t* counter, uint32_t target) {
   while (!reached(counter, target)) {
     fiber->engine->wait_on(Wait::kCounter, counter, target, nullptr);
   }
+}
+
+void dependencies_wait() {
+  Fiber* fiber = enter("dependencies_wait");
+  fiber->depends = false;
+  fiber->engine->point();
 }
 
 void switch_point() { current()->engine->point(); }

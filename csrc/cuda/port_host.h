@@ -116,7 +116,7 @@ T load_fresh(const T* p) {
   return *p;
 }
 inline void dependents_launch() { fibers::switch_point(); }
-inline void dependencies_wait() { fibers::switch_point(); }
+inline void dependencies_wait() { fibers::dependencies_wait(); }
 
 // ---- numbers ------------------------------------------------------------------------------------
 

@@ -101,6 +101,24 @@ void races(HFF_PARAM(Eights) p) {
   if (shared[0] == 63.0f) trap("63 came last");
 }
 
+// Threads up to `early` read before they wait for the launch ahead, those past `late` do not wait.
+struct Dependent {
+  float* x;
+  int early, late;
+};
+HFF_KERNEL(32)
+void depends(HFF_PARAM(Dependent) p) {
+  float sum = 0.0f;
+  if (thread() < p.early) sum += load_fresh(p.x);
+  if (thread() <= p.late) dependencies_wait();
+  if (thread() == 0) p.x[1] = sum + load_fresh(p.x);
+}
+HFF_KERNEL(32)
+void counts_early(HFF_PARAM(Eights) p) {
+  add_acq_rel(static_cast<uint32_t*>(p.x), 1);
+  dependencies_wait();
+}
+
 // The launch is refused, or ends, with a report that contains `why`.
 template <class P>
 std::string expect_report(const Launch& l, Kernel<P> kernel, const P& params, const char* why) {
@@ -145,6 +163,23 @@ std::string check_refusals() {
                               "wrote shared + 100, it has 100 bytes");
 }
 
+std::string check_dependents() {
+  float x[2] = {1.5f, 0.0f};
+  uint32_t word = 0;
+  Launch early;
+  early.dependent = true;
+  const auto ask = [&](Dependent p, const char* why) {
+    return expect_report(early, depends, p, why);
+  };
+  if (launch(early, depends, Dependent{x, 0, 31}) != HFF_OK || x[1] != 1.5f)
+    return hff::fibers::report();
+  if (launch(Launch(), depends, Dependent{x, 32, 0}) != HFF_OK) return hff::fibers::report();
+  return ask({x, 1, 31}, "load_fresh: ") +
+         ask({x, 0, 30}, "thread 31: exit: no dependencies_wait") +
+         ask({x, 0, 0}, "no dependencies_wait in a launch that may start early") +
+         expect_report(early, counts_early, Eights{&word}, "global memory, before");
+}
+
 // A seed is a run: its switches and its report. Other seeds are other runs.
 std::string check_replay() {
   std::vector<uint64_t> switches;
@@ -185,7 +220,7 @@ std::string check_numbers() {
 
 std::string check_launches() {
   Device device;
-  std::string seen = check_refusals() + check_replay();
+  std::string seen = check_refusals() + check_dependents() + check_replay();
   if (describe(0, &device) != HFF_OK || device.arch != 900) seen += "there is no device 0";
   if (describe(1, &device) != HFF_UNSUPPORTED) seen += "there is a device 1";
   if (max_active_clusters(nothing, shaped(1, 1024, 2, 0, false)) != device.sms) {
