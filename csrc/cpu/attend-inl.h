@@ -7,8 +7,8 @@
 // Hidden keys: their score is replaced by -inf, not biased, and their value is left out of sums,
 //   not multiplied by zero: nothing behind a mask leaks, NaN included. Nothing visible gives zeros.
 // Rounding: q, k, v as they are, in bf16 products where the instruction set has them (pack-inl.h);
-//   scores, softmax and sums fp32; with bf16 products, weights are rounded to bf16 before they are
-//   normalised, context once at the store.
+//   scores, softmax and sums fp32, e^x in flash to 3e-6 where T has 16 bits; with bf16 products,
+//   weights are rounded to bf16 before they are normalised, context once at the store.
 
 namespace hff {
 namespace HFF_ISA {

@@ -5,10 +5,8 @@ namespace HFF_ISA {
 
 constexpr float kLeastExp = -87.33654f;  // e^x is a normal number down to it
 
-// e^x to 1 ulp: x = n ln2 + r, |r| <= ln2 / 2, degree-6 polynomial. 0 below -87.3, inf above 88.7,
-// NaN kept.
-HFF_INLINE F exp(F x) {
-  const F n = round(mul(select_lt(abs(x), set1(100.0f), x, zero()), set1(1.44269504f)));
+// e^r for x = n ln2 + r, |r| <= ln2 / 2: a polynomial of degree 6.
+HFF_INLINE F exp_rest(F x, F n) {
   F r = fma(n, set1(-0.693145752f), x);
   r = fma(n, set1(-1.42860677e-6f), r);
   F p = fma(set1(0.0013948581f), r, set1(0.008375129f));
@@ -16,24 +14,21 @@ HFF_INLINE F exp(F x) {
   p = fma(p, r, set1(0.16666415f));
   p = fma(p, r, set1(0.5f));
   p = fma(p, r, set1(1.0f));
-  p = fma(p, r, set1(1.0f));
+  return fma(p, r, set1(1.0f));
+}
+
+// e^x to 1 ulp. 0 below -87.3, inf above 88.7, NaN kept.
+HFF_INLINE F exp(F x) {
+  const F n = round(mul(select_lt(abs(x), set1(100.0f), x, zero()), set1(1.44269504f)));
   const F half = round(mul(n, set1(0.5f)));  // n reaches 128
-  p = scale2(scale2(p, half), sub(n, half));
+  const F p = scale2(scale2(exp_rest(x, n), half), sub(n, half));
   return select_lt(set1(88.72283f), x, set1(__builtin_inff()), zero_below(x, kLeastExp, p));
 }
 
 // e^x for x <= 0 in half the work: 0 below -87.3, NaN kept.
 HFF_INLINE F exp_negative(F x) {
   const F n = round(mul(max(set1(kLeastExp), x), set1(1.44269504f)));
-  F r = fma(n, set1(-0.693145752f), x);
-  r = fma(n, set1(-1.42860677e-6f), r);
-  F p = fma(set1(0.0013948581f), r, set1(0.008375129f));
-  p = fma(p, r, set1(0.041666217f));
-  p = fma(p, r, set1(0.16666415f));
-  p = fma(p, r, set1(0.5f));
-  p = fma(p, r, set1(1.0f));
-  p = fma(p, r, set1(1.0f));
-  return zero_below(x, kLeastExp, scale2(p, n));
+  return zero_below(x, kLeastExp, scale2(exp_rest(x, n), n));
 }
 
 // erfc(z) for z >= 0: 1 - z P(z^2) below 1, t exp(-z^2 + Q(t)) with t = 1 / (1 + z / 2) above; the

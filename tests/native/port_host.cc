@@ -101,7 +101,7 @@ void races(HFF_PARAM(Eights) p) {
   if (shared[0] == 63.0f) trap("63 came last");
 }
 
-// Threads up to `early` read before they wait for the launch ahead, those past `late` do not wait.
+// Threads below `early` read before they wait for the launch ahead, those from `late` on do not wait.
 struct Dependent {
   float* x;
   int early, late;
@@ -110,7 +110,7 @@ HFF_KERNEL(32)
 void depends(HFF_PARAM(Dependent) p) {
   float sum = 0.0f;
   if (thread() < p.early) sum += load_fresh(p.x);
-  if (thread() <= p.late) dependencies_wait();
+  if (thread() < p.late) dependencies_wait();
   if (thread() == 0) p.x[1] = sum + load_fresh(p.x);
 }
 HFF_KERNEL(32)
@@ -171,12 +171,11 @@ std::string check_dependents() {
   const auto ask = [&](Dependent p, const char* why) {
     return expect_report(early, depends, p, why);
   };
-  if (launch(early, depends, Dependent{x, 0, 31}) != HFF_OK || x[1] != 1.5f)
+  if (launch(early, depends, Dependent{x, 0, 32}) != HFF_OK || x[1] != 1.5f)
     return hff::fibers::report();
   if (launch(Launch(), depends, Dependent{x, 32, 0}) != HFF_OK) return hff::fibers::report();
-  return ask({x, 1, 31}, "load_fresh: ") +
-         ask({x, 0, 30}, "thread 31: exit: no dependencies_wait") +
-         ask({x, 0, 0}, "no dependencies_wait in a launch that may start early") +
+  return ask({x, 1, 32}, "load_fresh: ") +
+         ask({x, 0, 31}, "thread 31: exit: no dependencies_wait in a launch that may start early") +
          expect_report(early, counts_early, Eights{&word}, "global memory, before");
 }
 
