@@ -201,8 +201,8 @@ def _run_model(handle: Handle, module: nn.Module, call: dict[str, Any]) -> Any:
 
 def _run_encoder(state: State, binding: ModelBinding, module: nn.Module, call: dict) -> Any:
     encoder = state.family.encoder
-    x, mask = read_encoder_call(binding, call, vars(module.config), encoder)
-    hidden = binding.backend.encode(binding.native, x, mask)
+    x, mask, owned = read_encoder_call(binding, call, vars(module.config), encoder)
+    hidden = binding.backend.encode(binding.native, x, mask, owned)
     _count(state, "encode")
     return encoder.finish(module, hidden)
 

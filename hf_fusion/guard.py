@@ -164,11 +164,13 @@ class EncoderCall(NamedTuple):
     """A call of a whole encoder that may run.
 
     mask: None, (B, S), or (B, 1, 1, S) where a sequence starts with padding: its first position,
-    which poolers and heads read, must then be computed, and so everything is.
+    which poolers and heads read, must then be computed, and so everything is. owned: the result may
+    take the place of x.
     """
 
     x: torch.Tensor
     mask: torch.Tensor | None
+    owned: bool
 
 
 _ENCODER_ARGUMENTS = {
@@ -206,7 +208,7 @@ def read_encoder_call(
         mask = mask != 0
         if bool((mask.any(1) & ~mask[:, 0]).any()):
             mask = mask[:, None, None, :]
-    return EncoderCall(x, mask)
+    return EncoderCall(x, mask, encoder.owned(binding.base))
 
 
 def _check_unknown(call: dict, known: set) -> None:

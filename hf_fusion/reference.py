@@ -208,11 +208,11 @@ class ReferenceBackend:
                 slot.advance(queries)
         return (x, None) if logits is None else (None, logits)
 
-    def encode(self, model: ReferenceModel, x: torch.Tensor, mask: torch.Tensor | None) -> Any:
+    def encode(self, model: ReferenceModel, x, mask: torch.Tensor | None, owned=False) -> Any:
         """Hidden states (B, S, hidden) of x (B, S, hidden) after all layers and the final norm.
 
         mask: None, (B, S) nonzero for tokens, or (B|1, 1, S, S) as `block` takes it. The result is
-        zero where a (B, S) mask says padding.
+        zero where a (B, S) mask says padding. `owned` means nothing here: x stays as it is.
         """
         for block in model.blocks:
             x = self._stage(block, "full", x, None, mask, None)

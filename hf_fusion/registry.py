@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -29,9 +31,11 @@ __all__ = [
     "expect_type",
     "families",
     "family_of",
+    "is_original",
     "layer_norm_of",
     "register_family",
     "spec_of",
+    "unseen",
 ]
 
 
@@ -55,12 +59,14 @@ class EncoderCalls(NamedTuple):
 
     `arguments`: names its forward passes to the embeddings. `embed(base, call)`: hidden states (B,
     S, hidden) from those of them that are in the dict `call`. `finish(base, hidden)`: the model
-    output.
+    output. `owned(base)`: whether nothing else holds what `embed` returns now, so that the layers'
+    result may take its place.
     """
 
     arguments: tuple[str, ...]
     embed: Callable[[Any, dict], Any]
     finish: Callable[[Any, Any], Any]
+    owned: Callable[[Any], bool] = lambda base: False
 
 
 @dataclass(frozen=True)
@@ -169,6 +175,33 @@ def expect_children(owner: str, module: Any, names: tuple[str, ...]) -> None:
     if have != set(names):
         odd = ", ".join(sorted(have ^ set(names)))
         raise FusionError(Reason.STRUCTURE, f"{owner} has unexpected or missing children: {odd}")
+
+
+@functools.cache
+def _lies_in(path: str, module_names: tuple[str, ...]) -> bool:
+    """Whether a source file is one of the top-level packages that these modules belong to."""
+    packages = [sys.modules.get(name.partition(".")[0]) for name in module_names]
+    files = [getattr(package, "__file__", None) or os.devnull for package in packages]
+    folders = tuple(os.path.dirname(os.path.abspath(file)) + os.sep for file in files)
+    return os.path.abspath(path).startswith(folders)
+
+
+def is_original(function: Any, module_name: str) -> bool:
+    """Whether the code of a function lies in the package of `module_name`, torch or transformers."""
+    code = getattr(function, "__code__", None)
+    return code is not None and _lies_in(code.co_filename, (module_name, "torch", "transformers"))
+
+
+def unseen(module: Any) -> bool:
+    """Whether nothing but classes of torch and transformers, as they define them, sees what passes
+    through a module: no hook, no other forward, in it and below.
+    """
+    return all(
+        type(m).__module__.startswith(("torch.nn.modules.", "transformers.models."))
+        and is_original(type(m).forward, type(m).__module__)
+        and not (m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m))
+        for m in module.modules()
+    )
 
 
 _ACTIVATIONS = "transformers.activations"

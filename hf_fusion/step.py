@@ -123,33 +123,35 @@ class CpuBackend:
         )
         return hidden, logits
 
-    def encode(self, model: NativeModel, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    def encode(self, model: NativeModel, x: torch.Tensor, mask: torch.Tensor | None, owned=False) -> torch.Tensor:
         """Hidden states (B, S, hidden) of x (B, S, hidden) after all layers and the final norm, if there is one.
 
         mask: None, (B, S) nonzero for tokens, or (B|1, 1, S, S) as `block` takes it. What a (B, S) mask calls padding
-        is left out of the computation, and zero in the result.
+        is left out of the computation, and zero in the result. `owned`: the result may take the place of x.
         """
         if mask is None or mask.dim() == 4 or bool((mask != 0).all()):
             mask = mask if mask is not None and mask.dim() == 4 else None
-            return self._encode_rows(model, x.contiguous(), x.shape[0], x.shape[1], mask)
+            x, given = x.contiguous(), x
+            out = x if owned or x is not given else torch.empty_like(x)
+            return self._encode_rows(model, x, out, x.shape[0], x.shape[1], mask)
         tokens = mask != 0
         rows = tokens.flatten().nonzero().squeeze(1)
-        out = torch.zeros_like(x, memory_format=torch.contiguous_format)
         if rows.numel() == 0:
-            return out
+            return torch.zeros_like(x, memory_format=torch.contiguous_format)
         lengths = tokens.sum(1)
         starts = torch.zeros(len(lengths) + 1, dtype=torch.int64)
         torch.cumsum(lengths, 0, out=starts[1:])
         hidden = x.shape[2]
         packed = x.reshape(-1, hidden).index_select(0, rows)
-        packed = self._encode_rows(model, packed, x.shape[0], int(lengths.max()), None, starts)
+        packed = self._encode_rows(model, packed, packed, x.shape[0], int(lengths.max()), None, starts)
+        out = torch.zeros_like(x, memory_format=torch.contiguous_format)
         out.view(-1, hidden).index_copy_(0, rows, packed)
         return out
 
-    def _encode_rows(self, model: NativeModel, x, batch, queries, mask, starts=None) -> torch.Tensor:
+    def _encode_rows(self, model: NativeModel, x, out, batch, queries, mask, starts=None) -> torch.Tensor:
+        """`out`, which may be x, filled with the hidden states of the rows of x."""
         frame = self._frame
         alive = self._set_call(model.blocks[0], batch, queries, 0, mask, None, None, starts)
-        out = torch.empty_like(x)
         frame.set_x(x)
         frame.set_model_out(None, out)
         self._run(

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
-import sys
 from itertools import repeat
 from operator import attrgetter, contains, getitem, is_, itemgetter
 from typing import Any
@@ -13,7 +11,7 @@ import torch
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .registry import class_name
+from .registry import class_name, is_original
 from .report import FusionError, Reason
 
 _forward_hooks, _forward_pre_hooks = itemgetter("_forward_hooks"), itemgetter("_forward_pre_hooks")
@@ -45,19 +43,9 @@ def _inert(hook: Any) -> bool:
     ).endswith("output_capturing_hook")
 
 
-def _source_folder(module_name: str) -> str:
-    """Folder of the top-level package that a module belongs to."""
-    package = sys.modules.get(module_name.partition(".")[0])
-    return os.path.dirname(os.path.abspath(getattr(package, "__file__", None) or os.devnull))
-
-
 def check_function(owner: str, function: Any, module_name: str) -> None:
     """Raises FusionError unless the code lies in the package of `module_name`."""
-    code = getattr(function, "__code__", None)
-    folders = tuple(
-        _source_folder(name) + os.sep for name in (module_name, "torch", "transformers")
-    )
-    if code is None or not os.path.abspath(code.co_filename).startswith(folders):
+    if not is_original(function, module_name):
         raise FusionError(
             Reason.FORWARD_REPLACED, f"{owner} is {function!r}, not the one its module defines"
         )

@@ -23,6 +23,7 @@ from hf_fusion.registry import (
     layer_norm_of,
     register_family,
     spec_of,
+    unseen,
 )
 from hf_fusion.spec import (
     AttentionSpec,
@@ -72,6 +73,11 @@ def embed(base: Any, call: dict) -> Any:
     if (call.get("input_ids") is None) == (call.get("inputs_embeds") is None):
         raise FusionError(Reason.INPUT, "expected exactly one of input_ids and inputs_embeds")
     return base.embeddings(**{name: call.get(name) for name in _ARGUMENTS})
+
+
+def owned(base: Any) -> bool:
+    """Whether nothing else holds the embeddings once they are made."""
+    return unseen(base.embeddings)
 
 
 def finish(base: Any, hidden: Any) -> Any:
@@ -185,7 +191,7 @@ def register(name: str, prefix: str) -> Family:
             parts=parts,
             watched=watched,
             tiny_config=tiny_config,
-            encoder=EncoderCalls(_ARGUMENTS, embed, finish),
+            encoder=EncoderCalls(_ARGUMENTS, embed, finish, owned),
         )
     )
 

@@ -18,6 +18,7 @@ from hf_fusion.registry import (
     layer_norm_of,
     register_family,
     spec_of,
+    unseen,
 )
 from hf_fusion.spec import (
     AttentionSpec,
@@ -117,6 +118,11 @@ def embed(base: Any, call: dict) -> Any:
     return base.embeddings(*(call.get(name) for name in _ARGUMENTS))
 
 
+def owned(base: Any) -> bool:
+    """Whether nothing else holds the embeddings once they are made."""
+    return unseen(base.embeddings)
+
+
 def finish(base: Any, hidden: Any) -> Any:
     """The model output."""
     from transformers.modeling_outputs import BaseModelOutput
@@ -168,6 +174,6 @@ register_family(
         parts=parts,
         watched=watched,
         tiny_config=tiny_config,
-        encoder=EncoderCalls(_ARGUMENTS, embed, finish),
+        encoder=EncoderCalls(_ARGUMENTS, embed, finish, owned),
     )
 )

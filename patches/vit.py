@@ -14,12 +14,14 @@ from hf_fusion.registry import (
     Family,
     ModelParts,
     activation_of,
+    class_name,
     expect_children,
     expect_parameters,
     expect_type,
     layer_norm_of,
     register_family,
     spec_of,
+    unseen,
 )
 from hf_fusion.spec import (
     AttentionSpec,
@@ -33,6 +35,10 @@ from hf_fusion.spec import (
 _LINEAR = "torch.nn.modules.linear:Linear"
 _LAYER_NORM = "torch.nn.modules.normalization:LayerNorm"
 _DROPOUT = "torch.nn.modules.dropout:Dropout"
+_PATCHES = (
+    "transformers.models.vit.modeling_vit:ViTPatchEmbeddings",
+    "transformers.models.deit.modeling_deit:DeiTPatchEmbeddings",
+)
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 _ARGUMENTS = ("pixel_values", "bool_masked_pos", "interpolate_pos_encoding")
 
@@ -64,11 +70,62 @@ def embed(base: Any, call: dict) -> Any:
     """Patch embeddings, in the dtype of their weights."""
     pixels, embeddings = call["pixel_values"], base.embeddings
     pixels = pixels.to(embeddings.patch_embeddings.projection.weight.dtype)
-    return embeddings(
-        pixels,
-        bool_masked_pos=call.get("bool_masked_pos"),
-        interpolate_pos_encoding=call.get("interpolate_pos_encoding"),
+    masked, interpolated = call.get("bool_masked_pos"), call.get("interpolate_pos_encoding")
+    if masked is None and not interpolated and owned(base) and _is_linear(embeddings, pixels):
+        return _embed_patches(embeddings, pixels)
+    return embeddings(pixels, bool_masked_pos=masked, interpolate_pos_encoding=interpolated)
+
+
+def owned(base: Any) -> bool:
+    """Whether nothing else holds the embeddings once they are made."""
+    return unseen(base.embeddings)
+
+
+def _is_linear(embeddings: Any, pixels: Any) -> bool:
+    """Whether the projection of these pixels (B, C, H, W) is one linear map of patches side by side.
+
+    Anything else, wrong sizes among it, is for the module.
+    """
+    patches, conv = embeddings.patch_embeddings, embeddings.patch_embeddings.projection
+    size, step = tuple(patches.image_size), tuple(conv.kernel_size)
+    return (
+        class_name(conv) == "torch.nn.modules.conv:Conv2d"
+        and class_name(patches) in _PATCHES
+        and not embeddings.dropout.training
+        and tuple(pixels.shape[1:]) == (conv.in_channels, *size)
+        and patches.num_channels == conv.in_channels
+        and len(step) == 2 == len(size)
+        and size[0] % step[0] == 0 == size[1] % step[1]
+        and tuple(conv.stride) == step
+        and tuple(conv.padding) == (0, 0)
+        and tuple(conv.dilation) == (1, 1)
+        and conv.groups == 1
+        and conv.bias is not None
+        and embeddings.position_embeddings.shape[0] == 1
+        and all(p.dtype == pixels.dtype for p in embeddings.parameters())
     )
+
+
+def _embed_patches(embeddings: Any, pixels: Any) -> Any:
+    """What the module computes, (B, tokens + patches, hidden), its convolution as a linear map.
+
+    The convolution reorders its weights at every call, into memory that a ViT-B/16 layer in bf16
+    could run in.
+    """
+    conv = embeddings.patch_embeddings.projection
+    weight = conv.weight.flatten(1)
+    (batch, channels, *size), step = pixels.shape, conv.kernel_size
+    grid = size[0] // step[0], size[1] // step[1]
+    patches = pixels.reshape(batch, channels, grid[0], step[0], grid[1], step[1])
+    rows, count = patches.permute(0, 2, 4, 1, 3, 5), grid[0] * grid[1]
+    rows = conv.bias.addmm(rows.reshape(batch * count, weight.shape[1]), weight.T)
+    tokens = [embeddings.cls_token, getattr(embeddings, "distillation_token", None)]
+    tokens = [token for token in tokens if token is not None]
+    hidden = rows.new_empty((batch, len(tokens) + count, weight.shape[0]))
+    for at, token in enumerate(tokens):
+        hidden[:, at] = token[:, 0]
+    hidden[:, len(tokens) :] = rows.view(batch, count, weight.shape[0])
+    return hidden.add_(embeddings.position_embeddings)
 
 
 def finish(base: Any, hidden: Any) -> Any:
@@ -172,7 +229,7 @@ def register(name: str, prefix: str) -> Family:
             parts=parts,
             watched=watched,
             tiny_config=tiny_config,
-            encoder=EncoderCalls(_ARGUMENTS, embed, finish),
+            encoder=EncoderCalls(_ARGUMENTS, embed, finish, owned),
         )
     )
 

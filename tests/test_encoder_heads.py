@@ -93,7 +93,10 @@ def outputs(model, calls: list[dict]) -> list[Output]:
 @pytest.mark.parametrize("family, cls", classes())
 def test_heads(family, cls, dtype, trials):
     pair = Twin(family, {"num_labels": label_count(cls)}, dtype, "sdpa", 3, cls)
-    calls = [head_call(family, cls, case) for case in CASES]
+    # of five logits a picture stock's largest error is too much luck
+    times = 4 if "ImageClassification" in cls.__name__ else 1
+    cases = [case._replace(batch=times * case.batch) for case in CASES]
+    calls = [head_call(family, cls, case) for case in cases]
     single = [cast(call, pair.dtype) for call in calls]
     with torch.no_grad():
         stock = outputs(pair.stock, single)

@@ -61,9 +61,7 @@ template <class T, class P>
 struct GemmLinearRun {
   const hff_linear& linear;
   const hff_linear_io& io;
-  Operands<P> x;                // (rows, cols); the caller's own where they are such operands, and
-                                // rows do not lie 4 KB apart: a tile's would share one set of L1,
-                                // and a product of 2048^3 takes 1.25 times as long
+  Operands<P> x;                // (rows, cols); the caller's own where they lie as operands
   typename P::Element* panels;  // (threads, group_room)
   Counter* counters;            // (threads)
   bool copies;
@@ -99,15 +97,12 @@ struct GemmLinearRun {
 template <class T, class P>
 static hff_status linear_of_many(const hff_linear& linear, const hff_linear_io& io) {
   using Input = typename P::Input;
-  GemmLinearRun<T, P> run{linear, io, {}, nullptr, nullptr, true, {}};
+  const bool copies = !lie_as_operands<T, P>(io.rows, linear.cols);
+  GemmLinearRun<T, P> run{linear, io, {}, nullptr, nullptr, copies, {}};
   const int64_t stride = operand_stride<P>(linear.cols);
-  const Size rows = operand_rows(io.rows);
-  if constexpr (std::is_same<Input, T>::value && P::kParts == 1)
-    run.copies = P::padded(linear.cols) != linear.cols || !rows.fits(io.rows) ||
-                 linear.cols * int64_t{sizeof(T)} % 4096 == 0;
   const bool had = with_scratch([&](Arena* a) {
-    run.x = {a->take<Input>(run.copies ? rows * Size(stride) : Size(0)), stride};
-    if (!run.copies) run.x = {static_cast<Input*>(const_cast<void*>(io.x.data)), linear.cols};
+    run.x = {a->take<Input>(copies ? operand_rows(io.rows) * Size(stride) : Size(0)), stride};
+    if (!copies) run.x = {static_cast<Input*>(const_cast<void*>(io.x.data)), linear.cols};
     run.panels = a->take<typename P::Element>(Size(io.threads) * Size(group_room<P>(linear.cols)));
     run.counters = a->take<Counter>(io.threads);
   });

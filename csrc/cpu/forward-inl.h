@@ -1,6 +1,7 @@
 // Many rows: a layer, or a whole model in one team run; the same steps as decode-inl.h on matrix
 //   kernels. Logits of few kept rows go through row kernels.
-// A thread embeds, norms and returns the same contiguous share of rows in every layer.
+// A thread embeds, norms and returns the same contiguous share of rows in every layer, so that the
+//   result may lie where x does; what comes of the norms lies there in between.
 
 namespace hff {
 namespace HFF_ISA {
@@ -45,8 +46,9 @@ template <class T, class P>
 static hff_status block_of_many(const hff_call& call, const hff_block& block,
                                 const hff_cache* cache, const hff_block_io& io) {
   GemmScratch<T, P> scratch;
-  const bool had = with_scratch(
-      [&](Arena* a) { scratch.carve(a, call, &block, 1, block.hidden, rows_of(call), io.stage); });
+  const bool had = with_scratch([&](Arena* a) {
+    scratch.carve(a, call, &block, 1, block.hidden, rows_of(call), io.stage, nullptr);
+  });
   if (!had) return fail(HFF_OUT_OF_MEMORY, "no memory for the scratch of a layer");
   GemmBlockRun<T, P> run{call, block, cache, io, scratch, {}};
   run_on_team(call.threads, GemmBlockRun<T, P>::work, &run, &run.barrier);
@@ -129,9 +131,12 @@ static hff_status model_of_many(const hff_call& call, const hff_model& model,
                                 const hff_cache* caches, const hff_model_io& io) {
   GemmModelRun<T, P> run{call, model, caches, io, {}, nullptr, nullptr, {}};
   const bool few = run.kept() > 0 && run.kept() <= kFewRows;
+  const bool lends =
+      io.logits.data == nullptr && lie_as_operands<T, P>(rows_of(call), model.hidden);
+  T* const lent = lends ? static_cast<T*>(io.hidden.data) : nullptr;
   const bool had = with_scratch([&](Arena* a) {
     run.scratch.carve(a, call, model.blocks, model.block_count, model.hidden, rows_of(call),
-                      HFF_STAGE_FULL);
+                      HFF_STAGE_FULL, lent);
     run.last = a->take<Operand<T>>(few ? Size(run.kept()) * Size(model.hidden) : Size(0));
     run.block = a->take<float>(Size(call.threads) * Size(few ? kFewRows * kMaxBlockRows : 0));
     if (!few) run.last = nullptr;

@@ -1,6 +1,7 @@
 // Scratch of a call of many rows (gemm-block-inl.h), and how its layers are cut so that it is small.
 //   in fp32 elements of a row: hidden twice, then the larger of a slice's q, k, v and context, and of
-//   a slice of the MLP's width; a product's panels or attention's blocks per thread.
+//   a slice of the MLP's width; a product's panels or attention's blocks per thread. A model's pass
+//   keeps the second hidden in its result, where that can hold it.
 
 namespace hff {
 namespace HFF_ISA {
@@ -48,8 +49,9 @@ struct GemmScratch {
   using Flash = FlashAttend<T, Exact>;
   enum { kQkv = 0, kKey, kValue, kAppend, kAttend, kO, kUp, kDown, kPhases };
 
-  float* x;             // (rows, hidden)
-  Operands<P> normed;   // (rows, hidden): input of qkv, and of up but in a parallel layer
+  float* x;  // (rows, hidden)
+  Operands<P>
+      normed;  // (rows, hidden): input of qkv, and of up but in a parallel layer
   Operands<P> second;   // (rows, hidden): input of up in a parallel layer
   T* qkv;               // (rows, qkv rows of a slice)
   Operands<P> context;  // (rows, a slice's heads * head_dim)
@@ -63,8 +65,9 @@ struct GemmScratch {
     return reinterpret_cast<Element*>(own + thread * own_room);
   }
 
+  // lent: (rows, hidden) that lie as operands, the caller's until the last layer has ended; or null.
   void carve(Arena* arena, const hff_call& call, const hff_block* blocks, int64_t count,
-             int64_t hidden, int64_t row_count, int32_t stage) {
+             int64_t hidden, int64_t row_count, int32_t stage, T* lent) {
     int64_t qkv_width = 1, context_width = 1, mlp_width = 1, flash_room = 0, cols = hidden;
     bool parallel = false;
     for (int64_t l = 0; l < count; ++l) {
@@ -92,7 +95,8 @@ struct GemmScratch {
       return Operands<P>{reinterpret_cast<typename P::Input*>(data), stride};
     };
     x = arena->take<float>(rows * Size(hidden));
-    normed = take(hidden, true);
+    normed = take(hidden, lent == nullptr);
+    if (lent != nullptr) normed = {reinterpret_cast<typename P::Input*>(lent), hidden};
     second = take(hidden, parallel);
     context.stride = operand_stride<P>(context_width);
     act.stride = operand_stride<P>(mlp_width);

@@ -6,7 +6,7 @@
  * output and left every cache length as it was; hff_last_error() then holds one sentence with the
  * offending name and value (per thread). Struct sizes travel with the structs; a caller built
  * against another layout gets HFF_INVALID. Calls are thread-safe. Inputs are const; outputs must
- * not overlap inputs.
+ * not overlap inputs, but where it says so.
  * */
 #ifndef HF_FUSION_H
 #define HF_FUSION_H
@@ -188,7 +188,8 @@ typedef struct {
 /* ids: int64 (batch, queries), strides below, or null with x: (rows, hidden) contiguous.
  * logits: (batch, keep, head.rows) contiguous, the last `keep` queries of each batch row; null
  * without a head, and with starts.
- * hidden: (rows, hidden) contiguous, after the final norm; may be null where logits is given.
+ * hidden: (rows, hidden) contiguous, after the final norm; may be null where logits is given. On the
+ * CPU it may be the memory of x.
  * next: int64 (batch), the index of the largest logit of each batch row's last query, the first of
  * equals; CUDA only, may be null, may be the memory of ids. */
 typedef struct {
