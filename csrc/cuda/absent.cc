@@ -1,12 +1,12 @@
-// A build without nvcc: every question about CUDA is answered with the reason.
+// A build without CUDA: every question about it is answered with the reason, HFF_CUDA_ABSENT, that
+// CMake found.
 #include "backend.h"
 
 namespace hff {
 namespace {
 
 hff_status absent() {
-  return fail(HFF_UNSUPPORTED,
-              "this build has no CUDA back end: nvcc was not found when it was built");
+  return fail(HFF_UNSUPPORTED, "this build has no CUDA back end: %s", HFF_CUDA_ABSENT);
 }
 
 }  // namespace
