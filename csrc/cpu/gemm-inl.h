@@ -252,6 +252,15 @@ struct Target {
 
 HFF_INLINE int64_t ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by; }
 
+// Where part `part` of `parts` of A's rows begins, all of nearly one size. Whole tiles where AMX
+// multiplies: it reads 32 rows, or 16, wherever it starts, and operand_rows are all there are.
+template <class P>
+HFF_INLINE int64_t cut_rows(int64_t rows, int64_t part, int64_t parts) {
+  constexpr int64_t kStep = tile_rows<P>() == kMaxTileRows ? kMaxTileRows : 1;
+  const int64_t at = ceil_div(rows, kStep) * part / parts * kStep;
+  return at < rows ? at : rows;
+}
+
 // A block of a weight: the product of some of A's columns with it, into some of C's. Its first row
 // is a panel's, its first column a multiple of kTileDepth, and without that first column it has no
 // bias.
@@ -329,8 +338,8 @@ static void gemm_unit(const Slice<T, P>& slice, const GemmUnits& units, int64_t 
   const int64_t group = index / units.strips, strip = index % units.strips;
   const int64_t begin = units.panels * group / units.groups;
   const int64_t end = units.panels * (group + 1) / units.groups;
-  const int64_t first = units.rows * strip / units.strips;
-  const int64_t last = units.rows * (strip + 1) / units.strips;
+  const int64_t first = cut_rows<P>(units.rows, strip, units.strips);
+  const int64_t last = cut_rows<P>(units.rows, strip + 1, units.strips);
   int64_t elements = panel_elements<P>(linear.cols);
   const typename P::Element* panels = scratch;
   const bool fetches = more && end < units.panels;
@@ -353,8 +362,8 @@ static void gemm_unit(const Slice<T, P>& slice, const GemmUnits& units, int64_t 
   alignas(64) float c[kMaxTileRows * kPanel];
   const int64_t tiles = ceil_div(last - first, tile_rows<P>());
   for (int64_t t = 0; t < tiles; ++t) {
-    const int64_t row = first + (last - first) * t / tiles;
-    const int64_t rows = first + (last - first) * (t + 1) / tiles - row;
+    const int64_t row = first + cut_rows<P>(last - first, t, tiles);
+    const int64_t rows = first + cut_rows<P>(last - first, t + 1, tiles) - row;
     for (int64_t p = begin; p < end; ++p) {
       const int64_t column = p * kPanel, left = linear.rows - column;
       const typename P::Element* panel = panels + (p - begin) * elements;
