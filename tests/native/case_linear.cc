@@ -81,9 +81,9 @@ class LinearCase : public CaseOf<LinearCase> {
 
   // More rows than row kernels take: sizes around the edges of tiles, panels and pieces of a sum.
   void draw_many(Random& random, bool tiny, int64_t& outputs, int64_t& inputs) {
-    rows_ =
-        tiny ? random.range(17, 20)
-             : random.pick<int64_t>({17, 18, 28, 29, random.range(17, 64), random.range(17, 400)});
+    rows_ = tiny ? random.range(17, 20)
+                 : random.pick<int64_t>({17, 18, 28, 29, 32 * random.range(1, 12),
+                                         random.range(17, 64), random.range(17, 400)});
     if (tiny) return;
     inputs = random.pick<int64_t>({1, 3, 31, 32, 37, 127, 128, 129, 255, 257, 768, inputs});
     outputs = random.pick<int64_t>({1, 5, 16, 17, 32, 33, 70, outputs});
