@@ -78,7 +78,8 @@ class Sampler:
 
     def __call__(self, logits: torch.Tensor) -> torch.Tensor:
         if not self.do_sample:
-            return logits.argmax(-1)
+            # on the CPU argmax of 16-bit numbers takes four times as long, 0.18 ms of 50,304
+            return logits.argmax(-1) if logits.is_cuda else logits.max(-1).indices
         # the largest of p / e, e exponential, is token i with probability p_i
         noise = torch.empty_like(logits, dtype=torch.float32)
         weights = self.scores(logits).softmax(-1)
@@ -136,16 +137,19 @@ class _Loop:
 
     def run(self, steps: int, check_every: int) -> None:
         """Up to `steps` tokens; ends where every row has finished, or up to `check_every` later."""
-        step, recorded, fused = self.step, False, False
+        step, recorded, fused, records = self.step, False, False, self.ids.is_cuda
         for done in range(steps):
             if self.eos.numel() and done % check_every == 0 and bool(self.finished.all()):
                 return
-            left, counted = steps - done, stats(self.model).calls["step"]
-            if not recorded and done == 1 + _WARM_STEPS and fused and left >= _LEAST_REPLAYS:
+            if not records or recorded:
+                step()
+                continue
+            counted = stats(self.model).calls["step"]
+            if done == 1 + _WARM_STEPS and fused and steps - done >= _LEAST_REPLAYS:
                 graph, recorded = self.record(), True
                 step = graph.replay
             step()
-            fused = self.ids.is_cuda and stats(self.model).calls["step"] > counted
+            fused = stats(self.model).calls["step"] > counted
 
     def length(self, prompt: int) -> int:
         """Columns of `tokens` up to the end of the row that finishes last."""
