@@ -187,7 +187,7 @@ def _lies_in(path: str, module_names: tuple[str, ...]) -> bool:
 
 
 def is_original(function: Any, module_name: str) -> bool:
-    """Whether the code of a function lies in the package of `module_name`, torch or transformers."""
+    """Whether a function's code lies in the package of `module_name`, torch or transformers."""
     code = getattr(function, "__code__", None)
     return code is not None and _lies_in(code.co_filename, (module_name, "torch", "transformers"))
 

@@ -75,11 +75,6 @@ def embed(base: Any, call: dict) -> Any:
     return base.embeddings(**{name: call.get(name) for name in _ARGUMENTS})
 
 
-def owned(base: Any) -> bool:
-    """Whether nothing else holds the embeddings once they are made."""
-    return unseen(base.embeddings)
-
-
 def finish(base: Any, hidden: Any) -> Any:
     """The model output, pooled where the model pools."""
     from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
@@ -191,7 +186,7 @@ def register(name: str, prefix: str) -> Family:
             parts=parts,
             watched=watched,
             tiny_config=tiny_config,
-            encoder=EncoderCalls(_ARGUMENTS, embed, finish, owned),
+            encoder=EncoderCalls(_ARGUMENTS, embed, finish, lambda base: unseen(base.embeddings)),
         )
     )
 

@@ -118,11 +118,6 @@ def embed(base: Any, call: dict) -> Any:
     return base.embeddings(*(call.get(name) for name in _ARGUMENTS))
 
 
-def owned(base: Any) -> bool:
-    """Whether nothing else holds the embeddings once they are made."""
-    return unseen(base.embeddings)
-
-
 def finish(base: Any, hidden: Any) -> Any:
     """The model output."""
     from transformers.modeling_outputs import BaseModelOutput
@@ -174,6 +169,6 @@ register_family(
         parts=parts,
         watched=watched,
         tiny_config=tiny_config,
-        encoder=EncoderCalls(_ARGUMENTS, embed, finish, owned),
+        encoder=EncoderCalls(_ARGUMENTS, embed, finish, lambda base: unseen(base.embeddings)),
     )
 )

@@ -82,7 +82,7 @@ def owned(base: Any) -> bool:
 
 
 def _is_linear(embeddings: Any, pixels: Any) -> bool:
-    """Whether the projection of these pixels (B, C, H, W) is one linear map of patches side by side.
+    """Whether the projection of pixels (B, C, H, W) is one linear map of patches side by side.
 
     Anything else, wrong sizes among it, is for the module.
     """
