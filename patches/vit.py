@@ -86,13 +86,18 @@ def _is_linear(embeddings: Any, pixels: Any) -> bool:
 
     Anything else, wrong sizes among it, is for the module.
     """
-    patches, conv = embeddings.patch_embeddings, embeddings.patch_embeddings.projection
+    patches, dropout = embeddings.patch_embeddings, embeddings.dropout
+    conv = patches.projection
+    if (
+        class_name(patches) not in _PATCHES
+        or class_name(conv) != "torch.nn.modules.conv:Conv2d"
+        or class_name(dropout) != _DROPOUT
+        or dropout.training
+    ):
+        return False
     size, step = tuple(patches.image_size), tuple(conv.kernel_size)
     return (
-        class_name(conv) == "torch.nn.modules.conv:Conv2d"
-        and class_name(patches) in _PATCHES
-        and not embeddings.dropout.training
-        and tuple(pixels.shape[1:]) == (conv.in_channels, *size)
+        tuple(pixels.shape[1:]) == (conv.in_channels, *size)
         and patches.num_channels == conv.in_channels
         and len(step) == 2 == len(size)
         and size[0] % step[0] == 0 == size[1] % step[1]

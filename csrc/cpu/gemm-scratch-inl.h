@@ -49,9 +49,8 @@ struct GemmScratch {
   using Flash = FlashAttend<T, Exact>;
   enum { kQkv = 0, kKey, kValue, kAppend, kAttend, kO, kUp, kDown, kPhases };
 
-  float* x;  // (rows, hidden)
-  Operands<P>
-      normed;  // (rows, hidden): input of qkv, and of up but in a parallel layer
+  float* x;             // (rows, hidden)
+  Operands<P> normed;   // (rows, hidden): input of qkv, and of up but in a parallel layer
   Operands<P> second;   // (rows, hidden): input of up in a parallel layer
   T* qkv;               // (rows, qkv rows of a slice)
   Operands<P> context;  // (rows, a slice's heads * head_dim)
