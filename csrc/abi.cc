@@ -76,9 +76,11 @@ hff_status hff_model_forward(const hff_call* call, const hff_model* model, const
   HFF_REQUIRE(call != nullptr && model != nullptr && io != nullptr,
               "a struct of hff_model_forward is null");
   HFF_TRY(check_call(*call));
-  HFF_TRY(check_model(*model, *call, caches));
+  HFF_TRY(check_steps(*io, *call, *model, caches));
+  const int64_t further = steps_of(*io) - 1;  // tokens, of calls of one query
+  HFF_TRY(check_model(*model, *call, caches, call->queries + further));
   HFF_TRY(check_model_io(*io, *call, *model));
-  HFF_TRY(check_positions(*call, model->blocks[0].heads.rotary_dim));
+  HFF_TRY(check_positions(*call, model->blocks[0].heads.rotary_dim, further));
   return dispatch_on(*call, *model, &Backend::model, *model, caches, *io);
 }
 
@@ -89,7 +91,7 @@ hff_status hff_block_forward(const hff_call* call, const hff_block* block, const
   HFF_TRY(check_call(*call));
   HFF_TRY(check_block(*block, *call, block->hidden));
   HFF_TRY(check_block_io(*io, *call, *block));
-  HFF_TRY(check_keys(cache, *call, block->heads));
+  HFF_TRY(check_keys(cache, *call, block->heads, call->queries));
   HFF_TRY(check_positions(*call, block->heads.rotary_dim));
   return dispatch_on(*call, model_of(*block), &Backend::block, *block, cache, *io);
 }

@@ -29,8 +29,9 @@ inline hff_status check_mask(const hff_mask& m, const hff_call& call, int64_t ke
                       size, "mask");
 }
 
-// Every position lies in the table: positions become addresses. On a device they may be null.
-inline hff_status check_positions(const hff_call& call, int64_t rotary_dim) {
+// Every position lies in the table, and so do the `further` after it: positions become addresses. On
+// a device they may be null.
+inline hff_status check_positions(const hff_call& call, int64_t rotary_dim, int64_t further = 0) {
   if (rotary_dim == 0) return HFF_OK;
   const int64_t size = element_bytes(call.dtype);
   const Size table = Size(call.rope_rows) * Size(rotary_dim);
@@ -46,26 +47,28 @@ inline hff_status check_positions(const hff_call& call, int64_t rotary_dim) {
   for (int64_t b = 0; b < call.batch; ++b) {
     for (int64_t i = 0; i < call.queries; ++i) {
       const int64_t p = positions[b * call.position_batch_stride + i * call.position_query_stride];
-      if (p < 0 || p >= call.rope_rows) {
-        return fail(HFF_OUT_OF_RANGE, "position %lld lies outside the table of %lld", shown(p),
-                    shown(call.rope_rows));
+      if (p < 0 || p >= call.rope_rows - further) {
+        return fail(HFF_OUT_OF_RANGE, "position %lld and %lld more lie outside the table of %lld",
+                    shown(p), shown(further), shown(call.rope_rows));
       }
     }
   }
   return HFF_OK;
 }
 
-inline hff_status check_cache(const hff_cache& c, const hff_call& call, const hff_heads& h) {
+// `tokens`: how many of each batch row the call appends.
+inline hff_status check_cache(const hff_cache& c, const hff_call& call, const hff_heads& h,
+                              int64_t tokens) {
   const int64_t size = element_bytes(call.dtype);
   HFF_REQUIRE(c.length != nullptr && reinterpret_cast<uintptr_t>(c.length) % 8 == 0,
               "cache length is null or misaligned");
   const int64_t length = on_host(call) ? *c.length : 0;  // at least, on a device
-  const Size keys = Size(length) + Size(call.queries);
+  const Size keys = Size(length) + Size(tokens);
   HFF_REQUIRE(keys.ok(), "cache length is %lld", shown(length));
   if (!keys.fits(c.capacity)) {
     return fail(HFF_OUT_OF_RANGE,
                 "cache has room for %lld tokens, holds %lld and should take %lld more",
-                shown(c.capacity), shown(length), shown(call.queries));
+                shown(c.capacity), shown(length), shown(tokens));
   }
   HFF_REQUIRE(
       c.token_stride >= h.head_dim && c.head_stride >= h.head_dim && c.batch_stride >= h.head_dim,
@@ -138,10 +141,11 @@ inline hff_status check_own_keys(const hff_call& call, const hff_heads& h) {
 }
 
 // `cache` may be null.
-inline hff_status check_keys(const hff_cache* cache, const hff_call& call, const hff_heads& h) {
+inline hff_status check_keys(const hff_cache* cache, const hff_call& call, const hff_heads& h,
+                             int64_t tokens) {
   if (cache == nullptr) return check_own_keys(call, h);
   HFF_REQUIRE(call.starts.data == nullptr, "starts are given with a cache");
-  return check_cache(*cache, call, h);
+  return check_cache(*cache, call, h, tokens);
 }
 
 // A model apart from its caches.
@@ -163,10 +167,11 @@ inline hff_status check_layers(const hff_model& m, const hff_call& call) {
   return HFF_OK;
 }
 
-inline hff_status check_model(const hff_model& m, const hff_call& call, const hff_cache* caches) {
+inline hff_status check_model(const hff_model& m, const hff_call& call, const hff_cache* caches,
+                              int64_t tokens) {
   HFF_TRY(check_layers(m, call));
   for (int64_t l = 0; l < m.block_count; ++l) {
-    HFF_TRY(check_keys(caches != nullptr ? caches + l : nullptr, call, m.blocks[l].heads));
+    HFF_TRY(check_keys(caches != nullptr ? caches + l : nullptr, call, m.blocks[l].heads, tokens));
     if (caches == nullptr || !on_host(call)) continue;
     HFF_REQUIRE(*caches[l].length == *caches[0].length,
                 "layer %lld has another number of cached tokens than layer 0", shown(l));
@@ -198,17 +203,35 @@ inline hff_status check_ids(const hff_model_io& io, const hff_call& call, const 
   return HFF_OK;
 }
 
+inline int64_t steps_of(const hff_model_io& io) { return io.steps > 1 ? io.steps : 1; }
+
+// Several steps: what each of them needs of the call, but room.
+inline hff_status check_steps(const hff_model_io& io, const hff_call& call, const hff_model& m,
+                              const hff_cache* caches) {
+  HFF_REQUIRE(io.struct_size == sizeof(hff_model_io),
+              "hff_model_io has another size for the caller");
+  HFF_REQUIRE(io.steps >= 0, "steps is %lld", shown(io.steps));
+  if (io.steps <= 1) return HFF_OK;
+  if (!on_host(call))
+    return fail(HFF_UNSUPPORTED, "%lld steps are asked for on a device", shown(io.steps));
+  HFF_REQUIRE(io.next.data != nullptr && io.ids.data != nullptr && caches != nullptr,
+              "%lld steps are asked for without next, ids or caches", shown(io.steps));
+  HFF_REQUIRE(call.queries == 1 && m.head.rows <= m.vocab,
+              "%lld steps of %lld queries are asked for, expected 1, and a head of %lld rows for a "
+              "vocabulary of %lld",
+              shown(io.steps), shown(call.queries), shown(m.head.rows), shown(m.vocab));
+  return HFF_OK;
+}
+
 inline hff_status check_next(const hff_model_io& io, const hff_call& call, const hff_model& m) {
   if (io.next.data == nullptr) return HFF_OK;
-  if (on_host(call)) return fail(HFF_UNSUPPORTED, "next is asked for on the CPU");
   HFF_REQUIRE(m.head.weight.data != nullptr, "next is asked for, but the model has no head");
-  return check_buffer(io.next, Size(call.batch), 8, "next");
+  HFF_REQUIRE(!on_host(call) || io.logits.data != nullptr, "next is asked for without logits");
+  return check_buffer(io.next, Size(call.batch) * Size(steps_of(io)), 8, "next");
 }
 
 inline hff_status check_model_io(const hff_model_io& io, const hff_call& call, const hff_model& m) {
   const int64_t size = element_bytes(call.dtype);
-  HFF_REQUIRE(io.struct_size == sizeof(hff_model_io),
-              "hff_model_io has another size for the caller");
   HFF_REQUIRE(io.logits.data != nullptr || io.hidden.data != nullptr || io.next.data != nullptr,
               "neither logits nor hidden nor next is asked for");
   HFF_TRY(check_next(io, call, m));

@@ -33,6 +33,7 @@ from .outputs import builder
 from .reference import finish_attention, finish_up
 from .registry import Family
 from .report import FusionError, Reason, Stats, renew_in_child
+from .watch import is_overheard
 
 KEY = "_hf_fusion"  # attribute of a patched module that holds its Handle
 CAUSAL_LM, BASE, LAYER, ROOT = "causal_lm", "base", "layer", "root"
@@ -165,38 +166,80 @@ class _Frame:
         self.state, self.fused, self.refused = state, 0, {}
 
 
-def _count(state: State, level: str) -> None:
-    state.stats.count(level)
+def _count(state: State, level: str, calls: int = 1) -> None:
+    state.stats.count(level, calls)
     frame = getattr(_local, "frame", None)
     if frame is not None and frame.state is state:
-        frame.fused += 1
+        frame.fused += calls
 
 
-def _run_model(handle: Handle, module: nn.Module, call: dict[str, Any]) -> Any:
-    """A whole model in one call of the back end; FusionError before anything has happened."""
-    state = handle.state
-    if state.error is not None:
-        raise state.error
+def _level_of(rows: int) -> str:
+    return "step" if rows <= STEP_ROWS else "prefill"
+
+
+def _bound(handle: Handle, module: nn.Module) -> ModelBinding:
+    """The binding to run a whole model by now; FusionError where that cannot be."""
+    if handle.state.error is not None:
+        raise handle.state.error
     check_environment()
     if module.training:
         raise FusionError(Reason.TRAINING, "the model is in training mode")
     binding = handle.model_binding(module)
     check_autocast(binding.device)
+    return binding
+
+
+def _reserve(binding: ModelBinding, slots: list, batch: int, tokens: int) -> None:
+    layout = Layout(batch, binding.kv_heads, binding.head_dim, binding.dtype, binding.device)
+    for slot in slots:
+        slot.reserve(layout, tokens)
+
+
+def _run_model(handle: Handle, module: nn.Module, call: dict[str, Any]) -> Any:
+    """A whole model in one call of the back end; FusionError before anything has happened."""
+    state, binding = handle.state, _bound(handle, module)
     if state.family.encoder is not None:
         return _run_encoder(state, binding, module, call)
     ids, embeds, cache, slots, mask, positions, keep, rows = read_model_call(
         binding, call, vars(module.config)
     )
     if cache is not None:
-        batch, queries = (embeds if ids is None else ids).shape[:2]
-        layout = Layout(batch, binding.kv_heads, binding.head_dim, binding.dtype, binding.device)
-        for slot in slots:
-            slot.reserve(layout, queries)
+        _reserve(binding, slots, *(embeds if ids is None else ids).shape[:2])
     hidden, logits = binding.backend.decode(
         binding.native, ids, embeds, slots, mask, positions, binding.rope, keep
     )
-    _count(state, "step" if rows <= STEP_ROWS else "prefill")
+    _count(state, _level_of(rows))
     return _base_output(hidden, cache) if logits is None else _causal_lm_output(logits, cache)
+
+
+def greedy_steps(module: nn.Module, steps: int, call: dict[str, Any]) -> torch.Tensor | None:
+    """Tokens (B, steps) of as many calls of a causal LM in one call of its back end: each reads the
+    token of the largest logit of the one before, at positions one further.
+
+    `call`: the arguments of the first, with input_ids (B, 1), a cache, and a mask of the keys of
+    all. None where that cannot be: a model that is not patched as a whole, whose calls something
+    else sees, or whose back end has no such call or would refuse the first.
+    """
+    handle, forward = vars(module).get(KEY), vars(module).get("forward")
+    if type(handle) is not Handle or handle.level != CAUSAL_LM or _is_compiling():
+        return None
+    ours = forward_for(type(module), CAUSAL_LM, False)
+    if getattr(forward, "__func__", None) is not ours or is_overheard(module):
+        return None
+    try:
+        binding = _bound(handle, module)
+        greedy = getattr(binding.backend, "greedy", None)
+        if greedy is None:
+            return None
+        read = read_model_call(binding, call, vars(module.config))
+        _reserve(binding, read.slots, read.rows, steps)
+        tokens = greedy(
+            binding.native, read.ids, read.slots, read.mask, read.positions, binding.rope, steps
+        )
+    except FusionError:
+        return None
+    _count(handle.state, _level_of(read.rows), steps)
+    return tokens
 
 
 def _run_encoder(state: State, binding: ModelBinding, module: nn.Module, call: dict) -> Any:

@@ -61,11 +61,18 @@ class Frame(threading.local):
         self.ids.data = None
         self.x.data, self.x.bytes = x.data_ptr(), x.nbytes
 
-    def set_model_out(self, logits: torch.Tensor | None, hidden: torch.Tensor | None) -> None:
-        """Where a model writes: logits, hidden states or both."""
-        for buffer, tensor in ((self.logits, logits), (self.hidden, hidden)):
+    def set_model_out(
+        self,
+        logits: torch.Tensor | None,
+        hidden: torch.Tensor | None,
+        tokens: torch.Tensor | None = None,
+    ) -> None:
+        """Where a model writes: logits, hidden states or both, and (B, steps) tokens of int64."""
+        buffers = (self.logits, logits), (self.hidden, hidden), (self.next, tokens)
+        for buffer, tensor in buffers:
             there = tensor is not None
             buffer.data, buffer.bytes = (tensor.data_ptr(), tensor.nbytes) if there else (None, 0)
+        self.io.steps = tokens.shape[1] if tokens is not None else 0
 
     def set_block_out(
         self, stage: str, x: torch.Tensor, out: torch.Tensor, up: torch.Tensor | None

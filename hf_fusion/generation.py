@@ -1,12 +1,14 @@
-"""Greedy decoding and sampling with the loop on the device.
+"""Greedy decoding and sampling with Python off the critical path.
 
 Ids, finished flags and random draws stay where the model is; the host looks at the end-of-sequence
 flags every `check_every` tokens only. On CUDA, once two steps have run fused, one step with its
-sampling is recorded as a graph and replayed for the rest: no Python runs between tokens.
+sampling is recorded as a graph and replayed for the rest; on the CPU one native call decodes
+several greedy tokens. No Python runs between tokens then.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
 from typing import Any
 
@@ -14,11 +16,13 @@ import torch
 from torch import nn
 from transformers import StaticCache
 
+from .forwards import greedy_steps
 from .patching import stats
 from .report import FusionError, Reason
 
 _WARM_STEPS = 2  # run before a graph is recorded: they bind the model, and show that it runs fused
 _LEAST_REPLAYS = 8  # recording takes as long as some steps
+_LONGEST_CALL = 0.05  # seconds of native steps, in which no interrupt is seen
 # what generate() would apply from a generation configuration, and the value that changes nothing
 _NEUTRAL = {
     "num_beams": 1, "repetition_penalty": 1.0, "encoder_repetition_penalty": 1.0, "min_length": 0,
@@ -94,29 +98,33 @@ class _Loop:
         self.model, self.sampler = model, sampler
         self.tokens = torch.full((batch, prompt + steps), pad, dtype=torch.int64, device=device)
         self.tokens[:, :prompt] = ids
-        self.mask = torch.zeros(self.tokens.shape, dtype=torch.bool, device=device)
+        # what is not there yet, causality hides
+        self.mask = torch.ones(self.tokens.shape, dtype=torch.bool, device=device)
         self.mask[:, :prompt] = mask
         self.column = torch.tensor([prompt], device=device)
         self.positions = (mask.cumsum(1) - 1).clamp(min=0)
         self.ids, self.pad = ids.clone(), pad  # a step writes to them
         self.eos = torch.tensor(eos, device=device, dtype=torch.int64)
         self.finished = torch.zeros(batch, dtype=torch.bool, device=device)
+        self.native = 0 if sampler.do_sample else 1  # steps that the next native call may take
         self.cache = StaticCache(config=model.config, max_cache_len=prompt + steps)
+
+    def _call(self) -> dict[str, Any]:
+        return {
+            "input_ids": self.ids,
+            "attention_mask": self.mask,
+            "position_ids": self.positions,
+            "past_key_values": self.cache,
+            "use_cache": True,
+            "logits_to_keep": 1,
+            "return_dict": True,
+        }
 
     def step(self) -> None:
         """One forward of `ids`, and the token after it."""
-        logits = self.model(
-            input_ids=self.ids,
-            attention_mask=self.mask,
-            position_ids=self.positions,
-            past_key_values=self.cache,
-            use_cache=True,
-            logits_to_keep=1,
-            return_dict=True,
-        ).logits[:, -1]
+        logits = self.model(**self._call()).logits[:, -1]
         token = self.sampler(logits).masked_fill(self.finished, self.pad)
         self.tokens.index_copy_(1, self.column, token[:, None])
-        self.mask.index_fill_(1, self.column, 1)
         self.column.add_(1)
         if self.ids.shape[1] > 1:  # the prompt
             self.ids, self.positions = token[:, None], self.positions[:, -1:] + 1
@@ -125,6 +133,28 @@ class _Loop:
             self.positions.add_(1)
         if self.eos.numel():
             self.finished.logical_or_(torch.isin(token, self.eos))
+
+    def _native_steps(self, most: int) -> int:
+        """Up to `most` greedy tokens in one native call of about _LONGEST_CALL; how many, 0 where
+        the model does not run so.
+        """
+        count, began = min(most, self.native), time.perf_counter()
+        tokens = greedy_steps(self.model, count, self._call()) if count else None
+        if tokens is None:
+            self.native = 0
+            return 0
+        self.native = max(1, int(_LONGEST_CALL * count / (time.perf_counter() - began)))
+        self.ids.copy_(tokens[:, -1:])
+        self.positions.add_(count)
+        if self.eos.numel():  # a row that has ended goes on unseen
+            ends = torch.isin(tokens, self.eos)
+            ended = (ends.cumsum(1) - ends.long() > 0) | self.finished[:, None]
+            tokens.masked_fill_(ended, self.pad)
+            self.finished.logical_or_(ends.any(1))
+        column = int(self.column)
+        self.tokens[:, column : column + count] = tokens
+        self.column.add_(count)
+        return count
 
     def record(self) -> Any:
         """A graph of one step; nothing runs."""
@@ -137,11 +167,25 @@ class _Loop:
 
     def run(self, steps: int, check_every: int) -> None:
         """Up to `steps` tokens; ends where every row has finished, or up to `check_every` later."""
-        step, recorded, fused, records = self.step, False, False, self.ids.is_cuda
+        if self.ids.is_cuda:
+            return self._run_recorded(steps, check_every)
+        done = 0
+        while done < steps and not self._over(done, check_every):
+            most = check_every - done % check_every if self.eos.numel() else steps
+            count = self._native_steps(min(most, steps - done)) if done else 0
+            if count == 0:
+                self.step()
+            done += count or 1
+
+    def _over(self, done: int, check_every: int) -> bool:
+        return bool(self.eos.numel() and done % check_every == 0 and self.finished.all())
+
+    def _run_recorded(self, steps: int, check_every: int) -> None:
+        step, recorded, fused = self.step, False, False
         for done in range(steps):
-            if self.eos.numel() and done % check_every == 0 and bool(self.finished.all()):
+            if self._over(done, check_every):
                 return
-            if not records or recorded:
+            if recorded:
                 step()
                 continue
             counted = stats(self.model).calls["step"]

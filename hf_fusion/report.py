@@ -230,10 +230,10 @@ class Stats:
         """Calls of a back end that replaced stock code."""
         return sum(n for level, n in self.calls.items() if level != "wrapped")
 
-    def count(self, level: str) -> None:
-        """Adds one call at `level`."""
+    def count(self, level: str, calls: int = 1) -> None:
+        """Adds calls at `level`."""
         with self._lock:
-            self.calls[level] += 1
+            self.calls[level] += calls
 
     def refuse(self, error: FusionError) -> None:
         """Adds one forward that ran stock."""

@@ -123,6 +123,27 @@ class CpuBackend:
         )
         return hidden, logits
 
+    def greedy(self, model: NativeModel, ids, slots, mask, positions, rope, steps: int) -> torch.Tensor:
+        """Tokens (B, steps) that follow ids (B, 1), each that of the largest logit; for a model with a head.
+
+        As `steps` calls of `decode`: a step reads the token of the one before, at positions one further. The mask
+        covers the keys of all steps.
+        """
+        batch, frame = ids.shape[0], self._frame
+        caches = caches_of(slots, batch, 1, model.blocks)
+        alive = table, first, _ = self._set_call(
+            model.blocks[0], batch, 1, slots[0].length, mask, positions, rope
+        )
+        frame.set_ids(ids)
+        frame.io.keep = 1
+        logits = torch.empty((batch, 1, model.head_rows), dtype=model.dtype)
+        tokens = torch.empty((batch, steps), dtype=torch.int64)
+        frame.set_model_out(logits, None, tokens)
+        last = table, None if first is None else first + (steps - 1), None
+        self._run(self._library.hff_model_forward, last, frame.call_ref, model.reference, caches, frame.io_ref)
+        del alive
+        return tokens
+
     def encode(self, model: NativeModel, x: torch.Tensor, mask: torch.Tensor | None, owned=False) -> torch.Tensor:
         """Hidden states (B, S, hidden) of x (B, S, hidden) after all layers and the final norm, if there is one.
 

@@ -36,6 +36,16 @@ def is_ours(method: Any) -> bool:
     return hasattr(getattr(method, "__func__", None), "hf_fusion_level")
 
 
+def is_overheard(module: nn.Module) -> bool:
+    """Whether calling `module` runs more than its forward: hooks, another __call__."""
+    namespace = vars(module)
+    return (
+        bool(namespace["_forward_hooks"] or namespace["_forward_pre_hooks"])
+        or type(module).__call__ is not nn.Module.__call__
+        or namespace.get("_compiled_call_impl") is not None
+    )
+
+
 def _inert(hook: Any) -> bool:
     """Whether a hook is the one that transformers captures outputs by; it acts when asked to."""
     return getattr(hook, "__module__", "") == "transformers.utils.output_capturing" and getattr(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 
 import pytest
@@ -18,9 +19,10 @@ from transformers import (
 from twins import ENCODERS, build
 
 import hf_fusion
-from hf_fusion import FusionError, native
+from hf_fusion import FusionError, generation, native
 from hf_fusion.generation import Sampler
 from hf_fusion.report import Reason
+from hf_fusion.step import CpuBackend
 
 pytestmark = [pytest.mark.reliability(4), pytest.mark.usefixtures("one_thread")]
 
@@ -116,6 +118,144 @@ def test_greedy_on_a_device(native_build, monkeypatch, batch, padded, trials):
         assert torch.equal(hf_fusion.generate(model, **inputs, max_new_tokens=8), want)
         assert hf_fusion.stats(model).refused == {Reason.ROWS.value: 1} and device.calls == 7
         trials()
+
+
+@pytest.fixture
+def native_calls(monkeypatch) -> list[int]:
+    """Steps of every native call of greedy decoding; a slow machine makes them no shorter."""
+    monkeypatch.setattr(generation, "_LONGEST_CALL", 1e3)
+    counts: list[int] = []
+    original = CpuBackend.greedy
+
+    def noting(self, model, ids, slots, mask, positions, rope, steps):
+        counts.append(steps)
+        return original(self, model, ids, slots, mask, positions, rope, steps)
+
+    monkeypatch.setattr(CpuBackend, "greedy", noting)
+    return counts
+
+
+def one_by_one(model, inputs, monkeypatch, **options) -> torch.Tensor:
+    """hf_fusion.generate with a call of the model for every token."""
+    with monkeypatch.context() as patch:
+        patch.setattr(generation, "greedy_steps", lambda *arguments: None)
+        return hf_fusion.generate(model, **inputs, **options)
+
+
+@pytest.mark.parametrize("dtype", ("fp32", "bf16", "fp16"))
+@pytest.mark.parametrize("batch, padded", ((1, False), (3, True), (17, True)))
+def test_one_native_call_decodes_several_tokens(
+    dtype, batch, padded, native_calls, monkeypatch, trials
+):
+    """Past the first 256 rows of the rotary table, too; a token counts as a call."""
+    model, inputs = model_of(dtype), prompt(batch, 24, 6, padded)
+    new = 260 if batch == 1 else 40
+    with hf_fusion.patched(model):
+        want = one_by_one(model, inputs, monkeypatch, max_new_tokens=new)
+        counted = hf_fusion.stats(model).calls["step" if batch <= 16 else "prefill"]
+        hf_fusion.stats(model).clear()
+        assert torch.equal(hf_fusion.generate(model, **inputs, max_new_tokens=new), want)
+        stats = hf_fusion.stats(model)
+        assert stats.calls["step" if batch <= 16 else "prefill"] == counted and not stats.refused
+    assert sum(native_calls) == new - 1 and len(native_calls) == 2, native_calls
+    trials()
+
+
+def test_no_native_call_is_long(native_calls, monkeypatch):
+    model, inputs = model_of(), prompt(2, 6, 7, False)
+    monkeypatch.setattr(generation, "_LONGEST_CALL", 0.0)
+    with hf_fusion.patched(model):
+        hf_fusion.generate(model, **inputs, max_new_tokens=9)
+    assert native_calls == [1] * 8
+
+
+def test_rows_end_inside_a_native_call(native_calls, monkeypatch, trials):
+    """What a row that has ended goes on to is not seen, nor is an id past the vocabulary read."""
+    model, inputs = model_of(), prompt(4, 6, 8, True)
+    with hf_fusion.patched(model):
+        plain = hf_fusion.generate(model, **inputs, max_new_tokens=NEW, pad_token_id=0)
+        native_calls.clear()
+        for column in range(6, 6 + NEW):
+            eos = plain[1:, column].tolist()
+            options = {"max_new_tokens": NEW, "eos_token_id": eos, "check_every": 7}
+            want = one_by_one(model, inputs, monkeypatch, pad_token_id=0, **options)
+            got = hf_fusion.generate(model, **inputs, pad_token_id=0, **options)
+            assert torch.equal(got, want), eos
+            far = hf_fusion.generate(model, **inputs, pad_token_id=10**9, **options)
+            assert torch.equal(far.where(far != 10**9, 0), want)
+            trials()
+    assert max(native_calls) == 7
+
+
+def test_who_listens_hears_every_token(native_calls):
+    """Hooks, replaced forwards and a __call__ of one's own get a call for each token."""
+    model, inputs = copy.deepcopy(model_of()), prompt(1, 5, 9, False)
+    want = model.generate(**inputs, max_new_tokens=8, do_sample=False, pad_token_id=0)
+    heard: list[int] = []
+
+    def listen(*arguments, **named):
+        heard.append(1)
+
+    class Listening(type(model)):
+        def __call__(self, *arguments, **named):
+            listen()
+            return super().__call__(*arguments, **named)
+
+    def replaced(*arguments, _forward=None, **named):
+        listen()
+        return _forward(*arguments, **named)
+
+    def generated() -> None:
+        heard.clear()
+        assert torch.equal(hf_fusion.generate(model, **inputs, max_new_tokens=8), want)
+        assert len(heard) == 8 and not native_calls
+
+    with hf_fusion.patched(model):
+        for register in (model.register_forward_hook, model.register_forward_pre_hook):
+            handle = register(listen)
+            generated()
+            handle.remove()
+        model.forward = functools.partial(replaced, _forward=model.forward)
+        generated()
+        model.forward = model.forward.keywords["_forward"]
+        base, model.__class__ = type(model), Listening
+        generated()
+        model.__class__ = base
+        heard.clear()
+        assert torch.equal(hf_fusion.generate(model, **inputs, max_new_tokens=8), want)
+        assert not heard and sum(native_calls) == 7
+
+
+def test_a_head_of_more_rows_than_the_vocabulary(native_calls):
+    """Such a token has no embedding to go on from; the rows here repeat the first and never win."""
+    model, inputs = copy.deepcopy(model_of()), prompt(2, 5, 10, False)
+    head = model.get_output_embeddings()
+    rows = torch.cat([head.weight.data, head.weight.data[:1].expand(8, -1)])
+    head.weight, head.out_features = torch.nn.Parameter(rows), len(rows)
+    want = model.generate(**inputs, max_new_tokens=8, do_sample=False, pad_token_id=0)
+    with hf_fusion.patched(model):
+        assert torch.equal(hf_fusion.generate(model, **inputs, max_new_tokens=8), want)
+        assert hf_fusion.stats(model).fused == 8 and native_calls == [1, 6]
+
+
+def test_an_interrupted_native_call_leaves_nothing_behind(monkeypatch):
+    """Nowhere to write tokens to is left in the structs of later calls."""
+    model, inputs = model_of(), prompt(2, 5, 11, False)
+
+    def interrupted(self, *arguments):
+        raise KeyboardInterrupt
+
+    with hf_fusion.patched(model), torch.no_grad():
+        want = model(**inputs).logits
+        with monkeypatch.context() as patch:
+            patch.setattr(CpuBackend, "_run", interrupted)
+            patch.setattr(generation._Loop, "step", lambda self: None)
+            with pytest.raises(KeyboardInterrupt):
+                hf_fusion.generate(model, inputs["input_ids"][:, :1], max_new_tokens=3)
+        backend = vars(model)["_hf_fusion"].binding.backend
+        assert backend._frame.next.data
+        assert torch.equal(model(**inputs).logits, want)
+        assert not backend._frame.next.data and not backend._frame.io.steps
 
 
 @pytest.mark.parametrize("temperature", (0.5, 1.0, 1.7))

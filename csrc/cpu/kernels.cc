@@ -50,6 +50,8 @@
 
 #include "cpu/calls-inl.h"
 
+#include "cpu/greedy-inl.h"
+
 #include "cpu/attend-calls-inl.h"
 
 #include "cpu/stream-inl.h"
@@ -70,6 +72,9 @@ namespace HFF_ISA {
 
 static hff_status model(const hff_call& call, const hff_model& model, const hff_cache* caches,
                         const hff_model_io& io) {
+  if (io.next.data != nullptr) {
+    HFF_DISPATCH(call.dtype, greedy_call, call, model, caches, io);
+  }
   HFF_DISPATCH(call.dtype, model_call, call, model, caches, io);
 }
 static hff_status block(const hff_call& call, const hff_block& layer, const hff_cache* cache,

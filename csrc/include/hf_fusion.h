@@ -17,7 +17,7 @@
 extern "C" {
 #endif
 
-#define HFF_ABI_VERSION 4
+#define HFF_ABI_VERSION 5
 #define HFF_MAX_HEAD_DIM 256
 #define HFF_SAMPLED_ROWS 8
 
@@ -190,15 +190,20 @@ typedef struct {
  * without a head, and with starts.
  * hidden: (rows, hidden) contiguous, after the final norm; may be null where logits is given. On the
  * CPU it may be the memory of x.
- * next: int64 (batch), the index of the largest logit of each batch row's last query, the first of
- * equals; CUDA only, may be null, may be the memory of ids. */
+ * next: int64 (batch, steps) contiguous, the index of the largest logit of each batch row's last
+ * query: the first NaN or, without one, the first of equals. May be null; on CUDA it may be the
+ * memory of ids, on the CPU it needs logits.
+ * steps: 0 and 1 are one. More, on the CPU only: greedy decoding of `steps` tokens, with ids of one
+ * query, a cache and next. The second step has the first of next for its ids and positions one
+ * further, and so on; logits are the last step's. A mask covers the keys of all steps. Where a step
+ * fails, cache lengths are as before; logits and next may have been written. */
 typedef struct {
   uint64_t struct_size;
   hff_input ids;
   int64_t id_batch_stride, id_query_stride;
   hff_input x;
   hff_output logits, hidden, next;
-  int64_t keep;
+  int64_t keep, steps;
 } hff_model_io;
 
 /* y = act(W x + b): x (rows, cols), out (rows, linear.rows), contiguous */

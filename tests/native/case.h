@@ -43,10 +43,11 @@ struct Indices {
   bool read;  // every element between the strides' gaps is looked up
 };
 
-// On a device, (batch) int64: the index of the largest of each row of logits, the first of equals.
+// (batch) int64: the index of the largest logit of each batch row's last kept query, the first of
+// equals.
 struct Greedy {
   Array next, logits;
-  int64_t vocab = 0;
+  int64_t vocab = 0, keep = 1;
 };
 
 // A pointer into a copied struct that a fuzzer may change.
@@ -87,6 +88,12 @@ class Case {
   virtual bool has_rows(int64_t, int64_t) const { return true; }
   // Calls with structs that `change` may spoil.
   virtual hff_status call_changed(const std::function<void(std::vector<Field>&)>& change) = 0;
+  // Greedy steps that the case has room for, 0 where it is no such call; and `steps` of them, in one
+  // call or in a call each, with their tokens, (batch, steps).
+  virtual int64_t most_steps() const { return 0; }
+  virtual hff_status call_steps(int64_t, bool, int32_t, std::vector<int64_t>*) {
+    return HFF_INVALID;
+  }
   // Bytes that must cross from memory once per call: weights, and the cache as far as it is read.
   virtual int64_t bytes_read() const = 0;
 

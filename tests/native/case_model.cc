@@ -125,6 +125,47 @@ class ModelCase : public CaseOf<ModelCase> {
     return ended;
   }
 
+  int64_t most_steps() const override {
+    if (on_device() || call_.queries != 1 || !ids_ || !head_.weight || !call_.cached) return 0;
+    int64_t steps = caches_[0].capacity - caches_[0].past;
+    for (const CacheData& cache : caches_) steps = std::min(steps, cache.capacity - cache.past);
+    if (call_.mask.kind != HFF_MASK_NONE)
+      steps = std::min(steps, call_.mask.keys - caches_[0].past);
+    const bool turned = call_.positions && blocks_[0].heads.rotary_dim > 0;
+    for (int64_t b = 0; turned && b < call_.batch; ++b)
+      steps = std::min(steps, call_.rope_rows - call_.position(b, 0));
+    return steps;
+  }
+
+  hff_status call_steps(int64_t steps, bool together, int32_t threads,
+                        std::vector<int64_t>* tokens) override {
+    hff_call call = call_.abi(threads, 0, call_.batch);
+    std::vector<hff_block> blocks;
+    std::vector<hff_cache> caches;
+    const hff_model model = make_model(0, blocks, caches);
+    hff_model_io io = make_io(0);
+    tokens->assign(static_cast<size_t>(call_.batch * steps), -1);
+    io.next = {tokens->data(), static_cast<int64_t>(tokens->size() * sizeof(int64_t))};
+    io.steps = steps;
+    if (together) return hff_model_forward(&call, &model, caches.data(), &io);
+    io.steps = 1;
+    std::vector<int64_t> ids(static_cast<size_t>(call_.batch)), positions = ids, next = ids;
+    for (int64_t k = 0; k < steps; ++k) {
+      for (int64_t b = 0; call_.positions && b < call_.batch; ++b)
+        positions[static_cast<size_t>(b)] = call_.position(b, 0) + k;
+      if (call_.positions) call.positions = {positions.data(), 8 * call_.batch};
+      call.position_batch_stride = 1;
+      io.next = {next.data(), 8 * call_.batch};
+      const hff_status status = hff_model_forward(&call, &model, caches.data(), &io);
+      if (status != HFF_OK) return status;
+      for (int64_t b = 0; b < call_.batch; ++b)
+        (*tokens)[static_cast<size_t>(b * steps + k)] = next[static_cast<size_t>(b)];
+      ids = next;
+      io.ids = {ids.data(), 8 * call_.batch}, io.id_batch_stride = 1;
+    }
+    return HFF_OK;
+  }
+
   hff_status call_changed(const std::function<void(std::vector<Field>&)>& change) override {
     hff_call call = call_.abi(1, 0, call_.batch, true);
     std::vector<hff_block> blocks;
@@ -155,6 +196,7 @@ class ModelCase : public CaseOf<ModelCase> {
     list_fields(fields, io.hidden, "io.hidden");
     list_fields(fields, io.next, "io.next");
     fields.push_back({Field::kSize, &io.keep, "io.keep"});
+    fields.push_back({Field::kSize, &io.steps, "io.steps"});
     change(fields);
     // a stride of 0 makes a call of any number of rows well-formed, and long
     if (!given && io.id_query_stride == 0 && call.queries > 1000) io.id_query_stride = 1;
@@ -242,7 +284,8 @@ class ModelCase : public CaseOf<ModelCase> {
       head_ = LinearData::random(random, arena, dtype_, vocab_, hidden_);
       logits_ = arena.output(dtype_, call_.batch * keep_ * vocab_);
       results.push_back(contiguous("logits", logits_));
-      if (on_device()) greedy = {arena.output(kInt64, call_.batch), logits_, vocab_};
+      if (on_device() || random.chance(0.4))
+        greedy = {arena.output(kInt64, call_.batch), logits_, vocab_, keep_};
     }
     for (const CacheData& cache : caches_) {
       if (!call_.cached) break;
@@ -275,7 +318,7 @@ class ModelCase : public CaseOf<ModelCase> {
     io.id_query_stride = id_query_stride_;
     io.x = x_.input_from(call_.first_row(first) * hidden_);
     io.logits = logits_.output_from(first * keep_ * vocab_);
-    if (on_device()) io.next = greedy.next.output_from(first);
+    io.next = greedy.next.output_from(first);
     io.hidden = hidden_out_.output_from(call_.first_row(first) * hidden_);
     io.keep = keep_;
     return io;

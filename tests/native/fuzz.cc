@@ -328,8 +328,8 @@ bool contradict(Random& random, const Field& field, const Named& fields) {
   if (name == "io.device") return *static_cast<int32_t*>(field.where) = 7, true;
   if (name == "call.device")
     return *static_cast<int32_t*>(field.where) = random.pick<int32_t>({HFF_DEVICE_CUDA, 7}), true;
-  if (name == "io.next" && field.kind == Field::kPointer)
-    return *static_cast<void**>(field.where) = &random, true;
+  if (name == "io.next" && field.kind == Field::kPointer) return set(1);  // misaligned
+  if (name == "io.steps") return set(-1);
   if (name == "norm.eps" || name == "heads.scale" || name == "io.scale")
     return *static_cast<float*>(field.where) = HUGE_VALF, true;
   if (field.kind != Field::kSize && field.kind != Field::kCell) return false;

@@ -5,8 +5,8 @@
 //   trial
 //   --trials N     per row and instruction set, instead of the row's own count
 //   --only a,b     rows (parity, exact, activations, differential, determinism, edge, panels,
-//   strides, host, threads, fork, openmp, allocation; of cuda also seeds, values, unsupported,
-//   schedules)
+//   strides, host, threads, fork, openmp, steps, allocation; of cuda also seeds, values,
+//   unsupported, schedules)
 //                  and kernels (norm, linear, block, model, pack, attend)
 //   --isa NAME     one instruction set instead of all the machine has; one that is absent is an
 //   error. "cuda", which is none of those: CUDA kernels on host fibers, in builds with HFF_EMULATE
@@ -92,6 +92,7 @@ constexpr RowEntry kRows[] = {{"host", run_host, kHost},
                               {"seeds", run_seeds, kDevice},
                               {"panels", run_panels, kHost},
                               {"strides", run_strides, kHost},
+                              {"steps", run_steps, kHost},
                               {"allocation", run_allocation, kHost},
                               {"threads", run_threads, kHost},
                               {"fork", run_fork, kHost},

@@ -100,6 +100,7 @@ bool run_fork(const Options& options, const std::string& isa);
 bool run_openmp(const Options& options, const std::string& isa);
 bool run_strides(const Options& options, const std::string& isa);
 bool run_panels(const Options& options, const std::string& isa);
+bool run_steps(const Options& options, const std::string& isa);
 bool run_allocation(const Options& options, const std::string& isa);
 // On the device only:
 bool run_seeds(const Options& options, const std::string& isa);
