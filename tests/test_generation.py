@@ -7,6 +7,7 @@ import functools
 
 import pytest
 import torch
+from conftest import available_isas
 from devices import Emulated
 from pairs import tokens
 from test_cuda import SIZES
@@ -256,6 +257,50 @@ def test_an_interrupted_native_call_leaves_nothing_behind(monkeypatch):
         assert backend._frame.next.data
         assert torch.equal(model(**inputs).logits, want)
         assert not backend._frame.next.data and not backend._frame.io.steps
+
+
+def given_logits(vocabulary: int, dtype: str):
+    """A model whose logits are its head's first column, whatever it reads."""
+    model = copy.deepcopy(model_of(dtype, vocab_size=vocabulary))
+    norm, head = model.gpt_neox.final_layer_norm, model.get_output_embeddings()
+    with torch.no_grad():
+        for tensor in (norm.weight, norm.bias, head.weight):
+            tensor.zero_()
+        norm.bias[0] = 1.0
+    return model, head.weight.data[:, 0]
+
+
+def awkward(size: int) -> list[dict[int, float]]:
+    """Values to put at places, the last place among them: ties, both infinities, NaN."""
+    last, middle = size - 1, size // 2
+    inf, nan = torch.inf, torch.nan
+    return [
+        {}, {middle: 9.0, last: 9.0}, {0: 9.0, last: 9.0}, {last: 9.0}, {middle: inf},
+        {middle: inf, last: inf}, {0: inf, last: nan}, {middle: nan, last: nan},
+        {0: 9.0, middle: -inf}, {last: nan}, dict.fromkeys(range(size), -inf),
+        dict.fromkeys(range(size), nan), dict.fromkeys(range(size), -0.0) | {middle: 0.0},
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", ("fp32", "bf16", "fp16"))
+@pytest.mark.parametrize("isa", available_isas())
+def test_the_largest_logit_is_the_one_that_torch_finds(
+    isa, dtype, force_isa, native_calls, trials
+):
+    force_isa(isa)
+    for size in (1, 7, 8, 9, 33, 511, 512, 513, 1025, 1500):
+        model, column = given_logits(size, dtype)
+        column.copy_(torch.randn(size, generator=torch.Generator().manual_seed(size)))
+        plain = column.clone()
+        for values in awkward(size):
+            column.copy_(plain)
+            for place, value in values.items():
+                column[place] = value
+            with hf_fusion.patched(model):
+                got = hf_fusion.generate(model, torch.zeros(2, 1).long(), max_new_tokens=4)
+            assert (got[:, 1:] == column.max(0).indices).all(), f"{size} {list(values)[:3]}"
+            trials()
+    assert native_calls
 
 
 @pytest.mark.parametrize("temperature", (0.5, 1.0, 1.7))

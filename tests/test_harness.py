@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 
+import hf_fusion
 from hf_fusion import cli, harness
 from hf_fusion.harness import inputs, models, parity, perplexity, timing
 
@@ -75,6 +76,23 @@ def test_every_rung_has_a_time_and_a_verdict(ablation):
         assert row.calls["fused"] > 0, row.name
         assert not row.calls["refused"], row.name
     assert ablation.passed
+
+
+@pytest.mark.parametrize("loop", timing.LOOPS[1:])
+def test_other_loops_give_the_same_tokens(folder, loop, monkeypatch):
+    """Where the rungs run in hf_fusion.generate, stock does not."""
+    original, looped = hf_fusion.generate, []
+
+    def noting(*arguments, **named):
+        looped.append(1)
+        return original(*arguments, **named)
+
+    monkeypatch.setattr(hf_fusion, "generate", noting)
+    result = harness.run_ablation(settings(folder, loop=loop), stream=steady_stream)
+    assert result.passed and all(row.tokens_equal == 1.0 for row in result.rows)
+    assert bool(looped) == (loop == "own")
+    row, new = result.row("full"), result.settings.new_tokens
+    assert row.step_ms.median > 0 and row.calls["calls"]["step"] >= new - 1
 
 
 def test_ablation_as_json_and_markdown(ablation):

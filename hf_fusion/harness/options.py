@@ -179,7 +179,10 @@ def _add_timing(parser: argparse.ArgumentParser) -> None:
     _add_count(parser, "--new-tokens", 64, "tokens generated per round", 2)
     _add_count(parser, "--rounds", 7, "rounds after the one that warms up")
     _add_count(parser, "--threads", None, "threads (default torch's own choice)")
-    note = "generate: time between streamed tokens (default); forward: calls of the model alone"
+    note = (
+        "generate: time between streamed tokens (default); forward: calls of the model alone; own: "
+        "rungs in hf_fusion.generate, stock in generate()"
+    )
     parser.add_argument("--loop", choices=timing.LOOPS, default=timing.LOOPS[0], help=note)
     note = "also stock under torch.compile with a static cache"
     parser.add_argument("--compiled", action="store_true", help=note)

@@ -1,8 +1,9 @@
 """Interleaved timing: every round runs every contender once, in rotated order.
 
 So drift of the machine hits all alike. A decode step is the time between two tokens as generate()
-hands them to a streamer: what a user waits for, the library's own loop included. `loop="forward"`
-times calls of the model alone, in a bare greedy loop.
+hands them to a streamer: what a user waits for, transformers' loop included. `loop="forward"` times
+calls of the model alone, in a bare greedy loop; `loop="own"` has the rungs run in
+hf_fusion.generate, stock in generate() as ever.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import hf_fusion
 
 from .inputs import COMPILED, STOCK, unaccepted
 
-LOOPS = ("generate", "forward")
+LOOPS = ("generate", "forward", "own")
 SKIPPED_STEPS = 2
 """Decode steps after the prompt that are not counted: buffers are allocated and bound there."""
 
@@ -120,7 +121,9 @@ class RungRunner:
         self.name = rung
         self._model = model
         self._backend = backend
-        self._generate = generate if loop == "generate" or rung == COMPILED else forward_loop
+        loops = {"generate": generate, "forward": forward_loop, "own": own_loop}
+        stays = rung == COMPILED or (rung == STOCK and loop == "own")
+        self._generate = generate if stays else loops[loop]
 
     def run(self, prompt: torch.Tensor, new_tokens: int) -> Sample:
         """Patches, generates two tokens untimed, then timed; notes what was fused, unpatches."""
@@ -204,6 +207,21 @@ def forward_loop(
         fed = logits[:, -1:].argmax(-1)
         tokens.append(fed)
     return times[0], tuple(times[1:]), torch.cat(tokens, 1)
+
+
+def own_loop(
+    model: nn.Module, prompt: torch.Tensor, new_tokens: int
+) -> tuple[float, tuple[float, ...], torch.Tensor]:
+    """As `generate`, by hf_fusion.generate: every later token took the mean of them all, beyond a
+    generation of one token.
+    """
+    times = [time.perf_counter()]
+    for count in (1, new_tokens):
+        tokens = hf_fusion.generate(model, prompt, max_new_tokens=count, eos_token_id=())
+        times.append(time.perf_counter())
+    first, whole = times[1] - times[0], times[2] - times[1]
+    later = new_tokens - 1
+    return first, ((whole - first) / max(later, 1),) * later, tokens[:, prompt.shape[1] :]
 
 
 def interleave(
