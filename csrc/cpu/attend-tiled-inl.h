@@ -20,15 +20,15 @@ struct AttendTiles {
   using Input = typename P::Input;
   using Element = typename P::Element;
 
-  Operands<P> queries;     // (block_queries, head_dim)
-  float* context;          // (block_queries, context_room)
-  float* totals;           // (block_queries)
-  Element *keys, *values;  // a block of keys as panels
-  float* bias;             // (block_keys)
+  Operands<P, Input> queries;  // (block_queries, head_dim)
+  float* context;              // (block_queries, context_room)
+  float* totals;               // (block_queries)
+  Element *keys, *values;      // a block of keys as panels
+  float* bias;                 // (block_keys)
   int64_t context_room;
 
   void carve(Arena* arena, const hff_attend_io& io, int64_t block_queries, int64_t block_keys) {
-    queries.stride = operand_stride<P>(io.head_dim);
+    queries.stride = operand_stride<P, Input>(io.head_dim);
     queries.data = arena->take<Input>(operand_rows(block_queries) * Size(queries.stride));
     context_room = panels_of(io.head_dim) * kPanel;
     context = arena->take<float>(Size(block_queries) * Size(context_room));

@@ -62,7 +62,7 @@ struct GemmLinearRun {
   const hff_linear& linear;
   const hff_linear_io& io;
   Operands<P> x;                // (rows, cols); the caller's own where they lie as operands
-  typename P::Element* panels;  // (threads, group_room)
+  typename P::Element* panels;  // (threads, unit_room)
   Counter* counters;            // (threads)
   bool copies;
   Barrier barrier;
@@ -74,7 +74,7 @@ struct GemmLinearRun {
     if (run.copies) run.copy(thread, width);
     T* out = static_cast<T*>(run.io.out.data);
     team_product<T, P>(Slice<T, P>(l), run.io.activation, run.x, run.io.rows, run.counters, thread,
-                       width, run.panels + thread * group_room<P>(l.cols),
+                       width, run.panels + thread * unit_room<P>(l.cols),
                        Target{out, l.rows, sizeof(T)},
                        [&](int64_t row, int64_t column, int64_t n, F v) {
                          store_n(v, out + row * l.rows + column, n);
@@ -96,14 +96,14 @@ struct GemmLinearRun {
 
 template <class T, class P>
 static hff_status linear_of_many(const hff_linear& linear, const hff_linear_io& io) {
-  using Input = typename P::Input;
+  using Stored = typename P::Stored;
   const bool copies = !lie_as_operands<T, P>(io.rows, linear.cols);
   GemmLinearRun<T, P> run{linear, io, {}, nullptr, nullptr, copies, {}};
   const int64_t stride = operand_stride<P>(linear.cols);
   const bool had = with_scratch([&](Arena* a) {
-    run.x = {a->take<Input>(copies ? operand_rows(io.rows) * Size(stride) : Size(0)), stride};
-    if (!copies) run.x = {static_cast<Input*>(const_cast<void*>(io.x.data)), linear.cols};
-    run.panels = a->take<typename P::Element>(Size(io.threads) * Size(group_room<P>(linear.cols)));
+    run.x = {a->take<Stored>(copies ? operand_rows(io.rows) * Size(stride) : Size(0)), stride};
+    if (!copies) run.x = {static_cast<Stored*>(const_cast<void*>(io.x.data)), linear.cols};
+    run.panels = a->take<typename P::Element>(Size(io.threads) * Size(unit_room<P>(linear.cols)));
     run.counters = a->take<Counter>(io.threads);
   });
   if (!had) return fail(HFF_OUT_OF_MEMORY, "no memory for the scratch of a linear");

@@ -102,7 +102,7 @@ struct GemmModelRun {
     float* line = scratch.template own_of<float>(thread);
     final_norm_row<T>(model, x, line);
     if (last != nullptr) return to_operand<T>(line, model.hidden, last + to * model.hidden);
-    typename P::Input* row = scratch.normed.row(to);
+    typename P::Stored* row = scratch.normed.row(to);
     for (int64_t k = 0; k < model.hidden; k += kLanes) {
       const int64_t n = model.hidden - k < kLanes ? model.hidden - k : kLanes;
       store_input<T, P>(load_n(line + k, n), row, k, n, model.hidden);

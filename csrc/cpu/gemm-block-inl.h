@@ -88,7 +88,7 @@ struct GemmPass {
   }
 
   // An fp32 row, rounded to T, as a row of A.
-  void round_row(const float* x, int64_t cols, typename P::Input* row) const {
+  void round_row(const float* x, int64_t cols, typename P::Stored* row) const {
     for (int64_t k = 0; k < cols; k += kLanes) {
       const int64_t n = cols - k < kLanes ? cols - k : kLanes;
       store_input<T, P>(load_n(x + k, n), row, k, n, cols);
@@ -239,8 +239,8 @@ struct GemmPass {
   }
 
   // Row r of the block, normalised, as head h of a row of A.
-  void store_head(const typename Scratch::Flash& flash, int64_t r, typename P::Input* to, int64_t h,
-                  const SliceOfHeads& s) const {
+  void store_head(const typename Scratch::Flash& flash, int64_t r, typename P::Stored* to,
+                  int64_t h, const SliceOfHeads& s) const {
     const float* context = flash.tiles.context + r * flash.tiles.context_room;
     const float total = flash.tiles.totals[r];
     const F scale = set1(total == 0.0f ? 0.0f : 1.0f / total);

@@ -1,46 +1,31 @@
 // C = A W^T for many rows, through panels (pack-inl.h): the matrix kernels of prefill and encoders.
-//   A: (rows, stride) in the product's input type, rounded to the model dtype as Hugging Face's
-//   Linear sees it; k past the end zero. W: (W rows, cols), model dtype. C: fp32 in registers, then
-//   through a tile buffer into the epilogue of the caller: bias, activation, residual, store.
+//   A: (rows, stride) in the product's Stored type, rounded to the model dtype as Hugging Face's
+//   Linear sees it; k past the end zero. W: (W rows, cols), model dtype. C: fp32 in registers
+//   (gemm-tile-inl.h), then through a tile buffer into the epilogue of the caller: bias, activation,
+//   residual, store.
 // Work split: a unit is a group of panels by a strip of A's rows (GemmUnits). It walks its rows in
 //   tiles of up to kTileRows and each tile through all panels of the group, so A comes from L2 once
-//   a group and the group stays in L2. A sum runs over k in order, fp32 products in pieces of
-//   kSumDepth: a row's bits depend neither on the other rows nor on threads.
-// Bound: multiply-adds. kTileRows by two vectors of sums leave registers for two weights and an
-//   input; each step is 2 kTileRows multiply-adds for kTileRows + 2 loads.
+//   a group and the group stays in L2. 16-bit rows that are multiplied in fp32 are widened there, a
+//   tile at a time. A row's bits depend neither on the other rows nor on threads.
 // Fetched meanwhile: the lines a tile goes to, and a share of the weights of the next unit.
-// bf16 pairs: denormal inputs and products count as zero (vdpbf16ps, tdpbf16ps), as in oneDNN.
 
 namespace hff {
 namespace HFF_ISA {
 
-#if defined(__AVX512F__)
-constexpr int kTileRows = 14;  // 28 sums, 2 weights, 1 input of 32 registers
-#elif defined(__AVX2__)
-constexpr int kTileRows = 6;  // 12, 2, 1 of 16
-#else
-constexpr int kTileRows = 2;  // 8, 4, 2 of 16, four floats each
-#endif
-constexpr int64_t kGroupBytes = 128 * 1024;  // panels of a group: an eighth of L2 or less
-constexpr int64_t kSumDepth = 128;  // fp32 products added up before they join the sum: the error of
-                                    // one chain of 768 is twice that
-constexpr int64_t kMaxTileRows = 32;  // of any product; rows of a tile buffer
-static_assert(kTileRows <= 15, "RowsOfTile reaches 15 rows");
-
-// Rows of A, and of the tile buffer.
-template <class P>
+// Rows of A. E: as they lie in memory, or the Input of tiles that read them there.
+template <class P, class E = typename P::Stored>
 struct Operands {
-  typename P::Input* data;
+  E* data;
   int64_t stride;
-  HFF_ALWAYS_INLINE typename P::Input* row(int64_t r) const { return data + r * stride; }
+  HFF_ALWAYS_INLINE E* row(int64_t r) const { return data + r * stride; }
 };
 
 // Elements from one row of A to the next: whole vectors, and a line more, so that rows of 4 KB do
 // not share one set of L1.
-template <class P>
+template <class P, class E = typename P::Stored>
 HFF_INLINE int64_t operand_stride(int64_t cols) {
   const int64_t whole = (cols + kTileDepth - 1) / kTileDepth * kTileDepth;
-  return P::kParts * whole + 64 / static_cast<int64_t>(sizeof(typename P::Input));
+  return P::kParts * whole + 64 / static_cast<int64_t>(sizeof(E));
 }
 // Rows of A with those that a tile reads past the last.
 HFF_INLINE Size operand_rows(int64_t rows) {
@@ -52,18 +37,18 @@ HFF_INLINE Size operand_rows(int64_t rows) {
 #endif
 }
 
-// Whether rows of `cols` T each are A as they lie, without a copy: inputs of the product, whole steps
+// Whether rows of `cols` T each are A as they lie, without a copy: of the stored type, whole steps
 // of k, as many rows as tiles read. Not 4 KB apart: a tile's would share one set of L1, and a product
 // of 2048^3 takes 1.25 times as long.
 template <class T, class P>
 HFF_INLINE bool lie_as_operands(int64_t rows, int64_t cols) {
-  return std::is_same<typename P::Input, T>::value && P::kParts == 1 && P::padded(cols) == cols &&
+  return std::is_same<typename P::Stored, T>::value && P::kParts == 1 && P::padded(cols) == cols &&
          operand_rows(rows).fits(rows) && cols * int64_t{sizeof(T)} % 4096 != 0;
 }
 
 // Zeros behind the cols values of a row.
-template <class P>
-HFF_INLINE void zero_tail(typename P::Input* row, int64_t cols) {
+template <class P, class E>
+HFF_INLINE void zero_tail(E* row, int64_t cols) {
   for (int64_t part = 0; part < P::kParts; ++part) {
     for (int64_t k = cols; k < P::padded(cols); k += kLanes)
       store_n(zero(), row + part * P::padded(cols) + k, P::padded(cols) - k);
@@ -78,147 +63,12 @@ HFF_INLINE F rounded(F v) {
   return load(lanes);
 }
 // Stores n values, rounded to T, as A[row][k .. k + n).
-template <class T, class P>
-HFF_INLINE void store_input(F v, typename P::Input* row, int64_t k, int64_t n, int64_t cols) {
-  constexpr bool kRounds = std::is_same<typename P::Input, T>::value;  // the store itself
+template <class T, class P, class E>
+HFF_INLINE void store_input(F v, E* row, int64_t k, int64_t n, int64_t cols) {
+  constexpr bool kRounds = std::is_same<E, T>::value;  // the store itself
   const F value = kRounds ? v : rounded<T>(v);
   store_input_n(value, row + k, n);
   if constexpr (P::kParts == 2) store_input_n(part_of(value, 1), row + P::padded(cols) + k, n);
-}
-
-// ---- one tile -----------------------------------------------------------------------------------
-
-// Memory that a tile fetches into L2 while it multiplies: `step` bytes for each k; mapped, or each
-// prefetch walks the page table for nothing.
-struct Ahead {
-  const void* data;
-  int64_t step;
-  HFF_ALWAYS_INLINE void fetch(int64_t k) const {
-    __builtin_prefetch(static_cast<const char*>(data) + k * step, 0, 2);
-  }
-};
-
-// Walks along R rows of A, up to 15. A pointer for each of 14 is more than there are general
-// registers; gcc keeps the others in vector registers, whose moves take ports of multiply-adds:
-// 0.90 of the peak on Zen 4 in place of 0.95. Three pointers and two strides reach all rows by base
-// + index * scale; the empty asm keeps gcc from working out a pointer for each again.
-template <class E, int R>
-struct RowsOfTile {
-  const E* base[3];
-  int64_t stride, stride3;
-
-  HFF_ALWAYS_INLINE RowsOfTile(const E* a, int64_t between)
-      : base{a, a + (R > 5 ? 5 : 0) * between, a + (R > 10 ? 10 : 0) * between},
-        stride(between),
-        stride3(3 * between) {}
-  HFF_ALWAYS_INLINE const E* row(int r) const {
-    const E* b = base[r / 5];
-    return r % 5 == 3 ? b + stride3 : b + r % 5 * stride;
-  }
-  HFF_ALWAYS_INLINE void next(int64_t columns) {
-    for (const E*& b : base) b += columns;
-    asm("" : "+r"(stride), "+r"(stride3));
-  }
-};
-
-// c[r][kPanel] = a[r] . panel, R rows.
-template <class P, int R>
-struct Tile;
-
-template <class T, int R>
-struct Tile<Plain<T>, R> {
-  HFF_INLINE void multiply(const float* a, int64_t stride, const T* panel, int64_t cols, float* c,
-                           Ahead ahead) {
-    RowsOfTile<float, R> rows(a, stride);
-    for (int64_t begin = 0; begin < cols; begin += kSumDepth) {
-      const int64_t end = begin + kSumDepth < cols ? begin + kSumDepth : cols;
-      F sums[R][2];
-      for (int r = 0; r < R; ++r) sums[r][0] = sums[r][1] = zero();
-      for (int64_t k = begin; k < end; ++k, rows.next(1)) {
-        const F w0 = load(panel + k * kPanel), w1 = load(panel + k * kPanel + kLanes);
-        ahead.fetch(k);
-        for (int r = 0; r < R; ++r) {
-          const F x = set1(*rows.row(r));
-          sums[r][0] = fma(w0, x, sums[r][0]);
-          sums[r][1] = fma(w1, x, sums[r][1]);
-        }
-      }
-      for (int r = 0; r < R; ++r) {
-        for (int v = 0; v < 2; ++v) {
-          float* at = c + r * kPanel + v * kLanes;
-          store(begin == 0 ? sums[r][v] : add(load(at), sums[r][v]), at);
-        }
-      }
-    }
-  }
-};
-
-#if defined(__AVX512BF16__) && !defined(HFF_TILES)
-template <int R>
-struct Tile<Pairs, R> {
-  HFF_INLINE void multiply(const bf16* a, int64_t stride, const bf16* panel, int64_t cols, float* c,
-                           Ahead ahead) {
-    __m512 sums[R][2];
-    for (int r = 0; r < R; ++r) sums[r][0] = sums[r][1] = _mm512_setzero_ps();
-    RowsOfTile<bf16, R> rows(a, stride);
-    for (int64_t k = 0; k < cols; k += 2, rows.next(2)) {
-      const __m512bh w0 = reinterpret_cast<__m512bh>(_mm512_loadu_si512(panel + k * kPanel));
-      const __m512bh w1 =
-          reinterpret_cast<__m512bh>(_mm512_loadu_si512(panel + k * kPanel + 2 * kLanes));
-      ahead.fetch(k);
-      for (int r = 0; r < R; ++r) {
-        int32_t pair;
-        std::memcpy(&pair, rows.row(r), 4);
-        const __m512bh x = reinterpret_cast<__m512bh>(_mm512_set1_epi32(pair));
-        sums[r][0] = _mm512_dpbf16_ps(sums[r][0], w0, x);
-        sums[r][1] = _mm512_dpbf16_ps(sums[r][1], w1, x);
-      }
-    }
-    for (int r = 0; r < R; ++r) {
-      _mm512_storeu_ps(c + r * kPanel, sums[r][0]);
-      _mm512_storeu_ps(c + r * kPanel + kLanes, sums[r][1]);
-    }
-  }
-};
-#endif
-
-// The tile of `rows` rows, 1 to R.
-template <class P, int R>
-static void multiply_tile_of(int64_t rows, const typename P::Input* a, int64_t stride,
-                             const typename P::Element* panel, int64_t cols, float* c,
-                             Ahead ahead) {
-  if constexpr (R > 1) {
-    if (rows < R) return multiply_tile_of<P, R - 1>(rows, a, stride, panel, cols, c, ahead);
-  }
-  Tile<P, R>::multiply(a, stride, panel, cols, c, ahead);
-}
-
-// Most rows of one tile of a product, and the product of up to so many.
-template <class P>
-constexpr int64_t tile_rows() {
-#if defined(HFF_TILES)
-  if constexpr (P::kDepth == 2) return kMaxTileRows;
-#endif
-  return kTileRows;
-}
-template <class P>
-HFF_INLINE void multiply_rows(int64_t rows, const typename P::Input* a, int64_t stride,
-                              const typename P::Element* panel, int64_t cols, float* c,
-                              Ahead ahead) {
-#if defined(HFF_TILES)
-  if constexpr (P::kDepth == 2) {
-    rows > 16 ? multiply_tiles<P, true>(a, stride, panel, cols, c)
-              : multiply_tiles<P, false>(a, stride, panel, cols, c);
-  } else
-#endif
-  {
-    multiply_tile_of<P, kTileRows>(rows, a, stride, panel, cols, c, ahead);
-  }
-}
-template <class P>
-HFF_INLINE void multiply_rows(int64_t rows, const typename P::Input* a, int64_t stride,
-                              const typename P::Element* panel, int64_t cols, float* c) {
-  multiply_rows<P>(rows, a, stride, panel, cols, c, Ahead{panel, 0});
 }
 
 // Where a product goes: row r, column j at data + (r stride + j) element_bytes. `adds`: whole panels
@@ -247,6 +97,19 @@ struct Target {
     }
   }
 };
+
+// Whether a product's inputs are wider than A as it lies.
+template <class P>
+constexpr bool widens() {
+  return !std::is_same<typename P::Stored, typename P::Input>::value;
+}
+
+// Panels of a group, a part of L2. Where rows are widened, each group pays for it: 5 % of a product
+// of 768 columns at 128 KB, 3 to 4 at 192.
+template <class P>
+constexpr int64_t group_bytes() {
+  return (widens<P>() ? 192 : 128) * 1024;
+}
 
 // ---- units --------------------------------------------------------------------------------------
 
@@ -294,7 +157,7 @@ struct GemmUnits {
     GemmUnits u{rows, panels_of(linear.rows), 1, 1};
     const int64_t bytes =
         panel_elements<P>(linear.cols) * static_cast<int64_t>(sizeof(typename P::Element));
-    const int64_t most = kGroupBytes / bytes < 1 ? 1 : kGroupBytes / bytes;
+    const int64_t most = group_bytes<P>() / bytes < 1 ? 1 : group_bytes<P>() / bytes;
     const int64_t each = linear.packed.data != nullptr ? 4 : 2;  // more would pack panels again
     const int64_t wanted = threads == 1 ? 1 : each * threads;
     u.groups = ceil_div(u.panels, most);
@@ -309,12 +172,35 @@ struct GemmUnits {
   HFF_ALWAYS_INLINE int64_t count() const { return groups * strips; }
 };
 
-// Elements of the scratch in which a thread packs the group of any product of up to `cols` columns.
+// Elements of a thread's scratch: the rows of a tile, widened; behind them the panels of a group. In
+// all, for any product of up to `cols` columns.
 template <class P>
-HFF_INLINE int64_t group_room(int64_t cols) {
+HFF_INLINE int64_t widened_room(int64_t cols) {
+  constexpr int64_t kInputs = sizeof(typename P::Input) / sizeof(typename P::Element);
+  return widens<P>() ? kTileRows * operand_stride<P, typename P::Input>(cols) * kInputs : 0;
+}
+template <class P>
+HFF_INLINE int64_t unit_room(int64_t cols) {
   const int64_t panel = panel_elements<P>(cols);
-  const int64_t group = kGroupBytes / static_cast<int64_t>(sizeof(typename P::Element));
-  return panel > group ? panel : group;
+  const int64_t group = group_bytes<P>() / static_cast<int64_t>(sizeof(typename P::Element));
+  return widened_room<P>(cols) + (panel > group ? panel : group);
+}
+
+// The rows of A that a tile multiplies: as they are, or widened into `room`.
+template <class P>
+HFF_INLINE Operands<P, typename P::Input> tile_operands(const Operands<P>& a, int64_t row,
+                                                        int64_t rows, int64_t cols, void* room) {
+  if constexpr (widens<P>()) {
+    const Operands<P, typename P::Input> wide{static_cast<typename P::Input*>(room),
+                                              operand_stride<P, typename P::Input>(cols)};
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t k = 0; k < cols; k += kLanes)
+        store_n(load_n(a.row(row + r) + k, cols - k), wide.row(r) + k, cols - k);
+    }
+    return wide;
+  } else {
+    return {a.row(row), a.stride};
+  }
 }
 
 // The weights of the unit behind one: `bytes` of each panel, from one to the next `stride`.
@@ -341,7 +227,8 @@ static void gemm_unit(const Slice<T, P>& slice, const GemmUnits& units, int64_t 
   const int64_t first = cut_rows<P>(units.rows, strip, units.strips);
   const int64_t last = cut_rows<P>(units.rows, strip + 1, units.strips);
   int64_t elements = panel_elements<P>(linear.cols);
-  const typename P::Element* panels = scratch;
+  typename P::Element* const room = scratch + widened_room<P>(linear.cols);
+  const typename P::Element* panels = room;
   const bool fetches = more && end < units.panels;
   NextPanels next{};
   if (linear.packed.data != nullptr) {
@@ -354,7 +241,7 @@ static void gemm_unit(const Slice<T, P>& slice, const GemmUnits& units, int64_t 
             panel_elements<P>(linear.cols) * kElement};
   } else {
     for (int64_t p = begin; p < end; ++p)
-      pack_panel<T, P>(linear, p, scratch + (p - begin) * elements);
+      pack_panel<T, P>(linear, p, room + (p - begin) * elements);
     // without more rows, their stride may be any number
     const int64_t bytes = fetches ? kPanel * linear.row_stride * int64_t{sizeof(T)} : 0;
     next = {static_cast<const char*>(linear.weight.data) + end * bytes, bytes, bytes};
@@ -364,12 +251,13 @@ static void gemm_unit(const Slice<T, P>& slice, const GemmUnits& units, int64_t 
   for (int64_t t = 0; t < tiles; ++t) {
     const int64_t row = first + cut_rows<P>(last - first, t, tiles);
     const int64_t rows = first + cut_rows<P>(last - first, t + 1, tiles) - row;
+    const auto in = tile_operands(a, row, rows, linear.cols, scratch);
     for (int64_t p = begin; p < end; ++p) {
       const int64_t column = p * kPanel, left = linear.rows - column;
       const typename P::Element* panel = panels + (p - begin) * elements;
       const Ahead ahead = fetches ? next.ahead(p - begin, t, tiles, linear.cols) : Ahead{panel, 0};
       target.fetch(row, rows, column);
-      multiply_rows<P>(rows, a.row(row), a.stride, panel, linear.cols, c, ahead);
+      multiply_rows<P>(rows, in.data, in.stride, panel, linear.cols, c, ahead);
       if (target.adds && left >= kPanel) {
         target.add_tile(c, row, rows, column);
         continue;

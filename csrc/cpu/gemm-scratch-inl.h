@@ -1,5 +1,5 @@
 // Scratch of a call of many rows (gemm-block-inl.h), and how its layers are cut so that it is small.
-//   in fp32 elements of a row: hidden twice, then the larger of a slice's q, k, v and context, and of
+//   in elements of a row: hidden twice, the first in fp32, then the larger of a slice's q, k, v and context, and of
 //   a slice of the MLP's width; a product's panels or attention's blocks per thread. A model's pass
 //   keeps the second hidden in its result, where that can hold it.
 
@@ -84,18 +84,18 @@ struct GemmScratch {
     }
     cols = larger(larger(cols, context_width), mlp_width);
     const Size rows = Size(row_count), threads = call.threads;
-    constexpr int64_t kInput = static_cast<int64_t>(sizeof(typename P::Input));
+    constexpr int64_t kStored = static_cast<int64_t>(sizeof(typename P::Stored));
     const auto bytes_of = [&](int64_t stride) {
-      return operand_rows(row_count) * Size(stride) * Size(kInput);
+      return operand_rows(row_count) * Size(stride) * Size(kStored);
     };
     const auto take = [&](int64_t width, bool wanted) {
       const int64_t stride = operand_stride<P>(width);
       char* data = arena->take<char>(wanted ? bytes_of(stride) : Size(0));
-      return Operands<P>{reinterpret_cast<typename P::Input*>(data), stride};
+      return Operands<P>{reinterpret_cast<typename P::Stored*>(data), stride};
     };
     x = arena->take<float>(rows * Size(hidden));
     normed = take(hidden, lent == nullptr);
-    if (lent != nullptr) normed = {reinterpret_cast<typename P::Input*>(lent), hidden};
+    if (lent != nullptr) normed = {reinterpret_cast<typename P::Stored*>(lent), hidden};
     second = take(hidden, parallel);
     context.stride = operand_stride<P>(context_width);
     act.stride = operand_stride<P>(mlp_width);
@@ -104,14 +104,14 @@ struct GemmScratch {
     const bool act_larger = attending.ok() && !between.fits(attending.value());
     char* shared = arena->take<char>(act_larger ? between : attending);
     counters = arena->take<Counter>(counter_count(count, call.threads));
-    const int64_t panels = group_room<P>(cols) * int64_t{sizeof(typename P::Element)};
+    const int64_t panels = unit_room<P>(cols) * int64_t{sizeof(typename P::Element)};
     own_room = larger(larger(panels, pad_lanes(hidden) * 4), flash_room);
     own_room = (own_room + 63) / 64 * 64;
     own = arena->take<char>(threads * Size(own_room));
     if (x == nullptr) return;
     qkv = reinterpret_cast<T*>(shared);
-    context.data = reinterpret_cast<typename P::Input*>(shared + projected.value());
-    act.data = reinterpret_cast<typename P::Input*>(shared);
+    context.data = reinterpret_cast<typename P::Stored*>(shared + projected.value());
+    act.data = reinterpret_cast<typename P::Stored*>(shared);
     const int64_t counted = counter_count(count, call.threads).value();
     for (int64_t i = 0; i < counted; ++i) new (counters + i) Counter;
   }

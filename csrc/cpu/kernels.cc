@@ -26,6 +26,8 @@
 
 #include "cpu/amx-inl.h"
 
+#include "cpu/gemm-tile-inl.h"
+
 #include "cpu/gemm-inl.h"
 
 #include "cpu/attention-inl.h"

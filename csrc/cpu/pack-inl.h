@@ -21,10 +21,11 @@ constexpr int64_t kTileDepth = 32;      // k of an AMX tile of bf16
 
 // ---- the kinds of product -----------------------------------------------------------------------
 
-// Inputs fp32, weights T, fp32 multiply-add.
+// Inputs fp32, in memory T; weights T; fp32 multiply-add.
 template <class T>
 struct Plain {
   using Input = float;
+  using Stored = T;
   using Element = T;
   static constexpr int64_t kDepth = 1, kParts = 1;  // k of one step; operand parts
   static constexpr int32_t kLayout = 0;
@@ -33,6 +34,7 @@ struct Plain {
 // Inputs and weights bf16, fp32 sums.
 struct Pairs {
   using Input = bf16;
+  using Stored = bf16;
   using Element = bf16;
   static constexpr int64_t kDepth = 2, kParts = 1;
   static constexpr int32_t kLayout = 1;
@@ -41,6 +43,7 @@ struct Pairs {
 // Inputs and weights as the sum of two bf16; three of the four products.
 struct Split {
   using Input = bf16;
+  using Stored = bf16;
   using Element = bf16;
   static constexpr int64_t kDepth = 2, kParts = 2;
   static constexpr int32_t kLayout = 2;
@@ -214,6 +217,7 @@ HFF_INLINE Words words_of(F v) {
 // Stores n values of v as inputs of a product, rounded; bf16 denormals, which count as zero there, as
 // zero.
 HFF_INLINE void store_input_n(F v, float* p, int64_t n) { store_n(v, p, n); }
+HFF_INLINE void store_input_n(F v, f16* p, int64_t n) { store_n(v, p, n); }
 HFF_INLINE void store_input_n(F v, bf16* p, int64_t n) {
 #if defined(__AVX512BF16__)
   const __m256i narrow = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(v.v));
