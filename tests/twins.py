@@ -131,12 +131,18 @@ def run(model: nn.Module, case: Case) -> list[Output]:
 
 
 def judge(
-    got: Output, stock: Output, exact: Output, stages: int, what: str, yardstick: float = 0.0
+    got: Output,
+    stock: Output,
+    exact: Output,
+    stages: int,
+    what: str,
+    yardstick: float = 0.0,
+    yardstick_l2: float = 0.0,
 ) -> None:
     """Fails unless `got` is as right as `stock`, both measured against the float64 `exact`.
 
     Largest and L2 error at most twice stock's plus two units in the last place; for the largest,
-    stock's may also be `yardstick` times the largest value. The relative L2
+    stock's may also be `yardstick` times the largest value, its relative L2 `yardstick_l2`. The L2
     error of independent roundings grows with the root of `stages`: it stays below RELATIVE_L2
     times that, except where stock's does not stay below RELATIVE_L2. Outputs that are don't-care
     must be finite.
@@ -165,6 +171,7 @@ def judge(
     )
     scale = float(truth.norm())
     ours_l2, theirs_l2 = float(ours.norm()) / scale, float(theirs.norm()) / scale
+    theirs_l2 = max(theirs_l2, yardstick_l2)
     limit = STOCK_FACTOR * theirs_l2 + ULPS * ulp
     if theirs_l2 <= RELATIVE_L2[dtype]:
         limit = min(limit, RELATIVE_L2[dtype] * stages**0.5)
@@ -174,15 +181,16 @@ def judge(
 
 
 def judge_all(
-    got: list[Output], stock: list[Output], exact: list[Output], stages: int, what: str
+    got: list[Output], stock: list[Output], exact: list[Output], stages: int, what: str, draws=()
 ) -> None:
     """`judge` for outputs in the same order.
 
     The largest error of one call is one draw of many: the yardstick for the logits, keys or values
-    of a run is stock's largest relative error over all its calls.
+    of a run is stock's largest relative error over all its calls, and over `draws`, pairs of stock
+    and exact of other calls.
     """
     yardsticks: dict[str, float] = {}
-    for output, true in zip(stock, exact, strict=True):
+    for output, true in [*zip(stock, exact, strict=True), *draws]:
         if bool(output.live.any()):
             truth = true.value[output.live].double()
             error = (output.value[output.live].double() - truth).abs().max() / truth.abs().max()
