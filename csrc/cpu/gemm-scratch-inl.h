@@ -1,7 +1,7 @@
 // Scratch of a call of many rows (gemm-block-inl.h), and how its layers are cut so that it is small.
-//   in elements of a row: hidden twice, the first in fp32, then the larger of a slice's q, k, v and context, and of
-//   a slice of the MLP's width; a product's panels or attention's blocks per thread. A model's pass
-//   keeps the second hidden in its result, where that can hold it.
+//   per row: hidden in fp32 and as an operand, then the larger of a slice's q, k, v and context, and
+//   of a slice of the MLP's width; per thread a tile's rows and a product's panels, or attention's
+//   blocks. A model's pass keeps the operand in its result, where that can hold it.
 
 namespace hff {
 namespace HFF_ISA {
