@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 from ctypes import POINTER, c_char, c_float, c_int32, c_int64, c_uint64, c_void_p
 
-ABI_VERSION = 5
+ABI_VERSION = 6
 MAX_HEAD_DIM = 256
 SAMPLED_ROWS = 8
 

@@ -193,6 +193,21 @@ struct DecodeRun {
   }
 };
 
+// Bytes that row kernels read of a model's matrices.
+template <class T>
+static double weight_bytes(const hff_model& model, bool head) {
+  const auto elements = [](const hff_linear& l) {
+    return l.weight.data != nullptr ? static_cast<double>(l.rows) * static_cast<double>(l.cols) : 0;
+  };
+  double sum = head ? elements(model.head) : 0;
+  for (int64_t l = 0; l < model.block_count; ++l) {
+    const hff_block& b = model.blocks[l];
+    sum += elements(b.qkv) + elements(b.k) + elements(b.v) + elements(b.o) + elements(b.up) +
+           elements(b.down);
+  }
+  return sum * sizeof(T);
+}
+
 template <class T>
 static hff_status model_of_few(const hff_call& call, const hff_model& model,
                                const hff_cache* caches, const hff_model_io& io) {
@@ -206,6 +221,8 @@ static hff_status model_of_few(const hff_call& call, const hff_model& model,
   for (int64_t r = 0; r < rows_of(call); ++r)
     embed_row<T>(call, model, io, r, scratch.x + r * model.hidden);
   DecodeRun<T> run{call, model, caches, io, scratch, last, {}};
+  const AheadTrial trial(call.dtype, rows_of(call),
+                         weight_bytes<T>(model, io.logits.data != nullptr));
   run_on_team(call.threads, DecodeRun<T>::work, &run, &run.barrier);
   for (int64_t l = 0; l < model.block_count; ++l) *caches[l].length += call.queries;
   return HFF_OK;

@@ -9,10 +9,9 @@
 //   the read stream.
 // kChains = 2: a 64-byte line takes about 13 cycles to arrive, two sums hide the latency of a
 //   multiply-add.
-// kAhead: software prefetch in bytes. On a 2-core Zen 5 VM, 45 GB/s stream, one input: 1 KB 36
-//   GB/s, 2 KB 40-43. The prefetch is non-temporal: weights are read once a token, and kept out of
-//   L2 and L3 they leave Python's own working set there. A token of pythia-160m bf16 in generate()
-//   takes 0.83-0.85 of the stream with plain prefetches, 0.97-1.0 so.
+// ahead: software prefetch in bytes (ahead.h). It is non-temporal: weights are read once a token,
+//   and kept out of L2 and L3 they leave Python's own working set there. A token of pythia-160m bf16
+//   in generate() takes 0.83-0.85 of the stream with plain prefetches, 0.97-1.0 so (Zen 5).
 // Lost there: four rows side by side instead of memory order (37 against 41 GB/s), blocks drawn
 //   from one counter instead of contiguous shares (36 against 41).
 // bf16 with AVX512_BF16: vdpbf16ps on pairs, fp32 sums; denormal inputs count as zero there, as in
@@ -25,7 +24,6 @@ namespace HFF_ISA {
 
 constexpr int kChains = 2;
 constexpr int kInputs = 4;
-constexpr int64_t kAhead = 2048;
 
 // What a weight type is multiplied with.
 template <class T>
@@ -40,6 +38,11 @@ struct OperandOf<bf16> {
 #endif
 template <class T>
 using Operand = typename OperandOf<T>::type;
+
+template <class T>
+constexpr int32_t kDtypeOf = std::is_same<T, float>::value  ? HFF_F32
+                             : std::is_same<T, bf16>::value ? HFF_BF16
+                                                            : HFF_F16;
 
 // Rounds fp32 values to T and stores them as T's operand.
 template <class T>
@@ -96,7 +99,7 @@ struct Step<bf16> {
 // y[c * y_stride + r] for N weight rows (at w, w + row_stride, ...) and M inputs.
 template <class T, int N, int M>
 HFF_INLINE void dot_tile(const T* w, int64_t row_stride, int64_t cols, const Operand<T>* x,
-                         int64_t x_stride, float* y, int64_t y_stride) {
+                         int64_t x_stride, int64_t ahead, float* y, int64_t y_stride) {
   using S = Step<T>;
   F sums[N][M][kChains];
   for (int r = 0; r < N; ++r) {
@@ -111,7 +114,7 @@ HFF_INLINE void dot_tile(const T* w, int64_t row_stride, int64_t cols, const Ope
       typename S::Vector rows[N];
       for (int r = 0; r < N; ++r) {
         const T* p = w + r * row_stride + at;
-        if (u * S::kWidth * static_cast<int64_t>(sizeof(T)) % 64 == 0) prefetch(p, N * kAhead);
+        if (u * S::kWidth * static_cast<int64_t>(sizeof(T)) % 64 == 0) prefetch(p, N * ahead);
         rows[r] = S::weight(p);
       }
       for (int c = 0; c < M; ++c) {
@@ -136,22 +139,23 @@ HFF_INLINE void dot_tile(const T* w, int64_t row_stride, int64_t cols, const Ope
 // N weight rows against all inputs, kInputs at a time.
 template <class T, int N>
 HFF_INLINE void dot_rows(const T* w, int64_t row_stride, int64_t cols, const Operand<T>* x,
-                         int64_t x_stride, int64_t inputs, float* y, int64_t y_stride) {
+                         int64_t x_stride, int64_t inputs, int64_t ahead, float* y,
+                         int64_t y_stride) {
   int64_t c = 0;
   for (; c + kInputs <= inputs; c += kInputs) {
-    dot_tile<T, N, kInputs>(w, row_stride, cols, x + c * x_stride, x_stride, y + c * y_stride,
-                            y_stride);
+    dot_tile<T, N, kInputs>(w, row_stride, cols, x + c * x_stride, x_stride, ahead,
+                            y + c * y_stride, y_stride);
   }
   for (int r = 0; r < N; ++r) {
     const T* row = w + r * row_stride;
     int64_t d = c;
     for (; d + 2 <= inputs; d += 2) {
-      dot_tile<T, 1, 2>(row, row_stride, cols, x + d * x_stride, x_stride, y + d * y_stride + r,
-                        y_stride);
+      dot_tile<T, 1, 2>(row, row_stride, cols, x + d * x_stride, x_stride, ahead,
+                        y + d * y_stride + r, y_stride);
     }
     if (d < inputs)
-      dot_tile<T, 1, 1>(row, row_stride, cols, x + d * x_stride, x_stride, y + d * y_stride + r,
-                        y_stride);
+      dot_tile<T, 1, 1>(row, row_stride, cols, x + d * x_stride, x_stride, ahead,
+                        y + d * y_stride + r, y_stride);
   }
 }
 
@@ -162,15 +166,15 @@ template <class T>
 static void gemv(const hff_linear& linear, int64_t begin, int64_t end, const Operand<T>* x,
                  int64_t x_stride, int64_t inputs, float* y, int64_t y_stride) {
   const T* w = static_cast<const T*>(linear.weight.data);
-  const int64_t stride = linear.row_stride;
+  const int64_t stride = linear.row_stride, ahead = ahead_of(kDtypeOf<T>, inputs).bytes();
   int64_t i = begin;
   if (inputs > kInputs) {
     for (; i + 2 <= end; i += 2)
-      dot_rows<T, 2>(w + i * stride, stride, linear.cols, x, x_stride, inputs, y + i - begin,
+      dot_rows<T, 2>(w + i * stride, stride, linear.cols, x, x_stride, inputs, ahead, y + i - begin,
                      y_stride);
   }
   for (; i < end; ++i)
-    dot_rows<T, 1>(w + i * stride, stride, linear.cols, x, x_stride, inputs, y + i - begin,
+    dot_rows<T, 1>(w + i * stride, stride, linear.cols, x, x_stride, inputs, ahead, y + i - begin,
                    y_stride);
 }
 
