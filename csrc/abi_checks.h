@@ -47,8 +47,13 @@ inline hff_status check_positions(const hff_call& call, int64_t rotary_dim, int6
   for (int64_t b = 0; b < call.batch; ++b) {
     for (int64_t i = 0; i < call.queries; ++i) {
       const int64_t p = positions[b * call.position_batch_stride + i * call.position_query_stride];
-      if (p < 0 || p >= call.rope_rows - further) {
-        return fail(HFF_OUT_OF_RANGE, "position %lld and %lld more lie outside the table of %lld",
+      if (p < 0 || p >= call.rope_rows) {
+        return fail(HFF_OUT_OF_RANGE, "position %lld lies outside the table of %lld", shown(p),
+                    shown(call.rope_rows));
+      }
+      if (p >= call.rope_rows - further) {
+        return fail(HFF_OUT_OF_RANGE,
+                    "position %lld and those of %lld more steps reach past the table of %lld",
                     shown(p), shown(further), shown(call.rope_rows));
       }
     }

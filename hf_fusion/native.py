@@ -47,7 +47,7 @@ _SIGNATURES = {
     "hff_isa": (c_char_p, []),
     "hff_use_openmp": (c_int32, [c_void_p, c_void_p, c_void_p]),
     "hff_huge_pages": (c_int64, [c_void_p, c_int64]),
-    "hff_ahead": (c_int64, [c_int32, c_int64]),
+    "hff_prefetch_distance": (c_int64, [c_int32, c_int64]),
     "hff_read_stream": (c_double, [c_void_p, c_int64, c_int32]),
 }
 
@@ -184,11 +184,11 @@ def huge_pages(address: int, size: int) -> int:
     return load().hff_huge_pages(address, size)
 
 
-def ahead(dtype: int, rows: int = 1) -> int | None:
-    """Bytes ahead of their loads at which row kernels ask memory for weights, in calls of `rows` rows; None until the
+def prefetch_distance(dtype: int, rows: int = 1) -> int | None:
+    """Bytes ahead of its loads at which a row kernel asks memory for weights, in calls of `rows` rows; None until the
     first calls over large weights have found out what is faster here.
     """
-    found = load().hff_ahead(dtype, rows)
+    found = load().hff_prefetch_distance(dtype, rows)
     return found if found >= 0 else None
 
 

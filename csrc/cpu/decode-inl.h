@@ -221,8 +221,8 @@ static hff_status model_of_few(const hff_call& call, const hff_model& model,
   for (int64_t r = 0; r < rows_of(call); ++r)
     embed_row<T>(call, model, io, r, scratch.x + r * model.hidden);
   DecodeRun<T> run{call, model, caches, io, scratch, last, {}};
-  const AheadTrial trial(call.dtype, rows_of(call),
-                         weight_bytes<T>(model, io.logits.data != nullptr));
+  const PrefetchTrial trial(call.dtype, rows_of(call),
+                            weight_bytes<T>(model, io.logits.data != nullptr));
   run_on_team(call.threads, DecodeRun<T>::work, &run, &run.barrier);
   for (int64_t l = 0; l < model.block_count; ++l) *caches[l].length += call.queries;
   return HFF_OK;

@@ -9,9 +9,10 @@
 //   the read stream.
 // kChains = 2: a 64-byte line takes about 13 cycles to arrive, two sums hide the latency of a
 //   multiply-add.
-// ahead: software prefetch in bytes (ahead.h). It is non-temporal: weights are read once a token,
-//   and kept out of L2 and L3 they leave Python's own working set there. A token of pythia-160m bf16
-//   in generate() takes 0.83-0.85 of the stream with plain prefetches, 0.97-1.0 so (Zen 5).
+// ahead: the prefetch distance (prefetch.h). Prefetches are non-temporal: weights are read once a
+//   token, and kept out of L2 and L3 they leave Python's own working set there. A token of
+//   pythia-160m bf16 in generate() takes 0.83-0.85 of the stream with plain prefetches, 0.97-1.0 so
+//   (Zen 5).
 // Lost there: four rows side by side instead of memory order (37 against 41 GB/s), blocks drawn
 //   from one counter instead of contiguous shares (36 against 41).
 // bf16 with AVX512_BF16: vdpbf16ps on pairs, fp32 sums; denormal inputs count as zero there, as in
@@ -166,7 +167,8 @@ template <class T>
 static void gemv(const hff_linear& linear, int64_t begin, int64_t end, const Operand<T>* x,
                  int64_t x_stride, int64_t inputs, float* y, int64_t y_stride) {
   const T* w = static_cast<const T*>(linear.weight.data);
-  const int64_t stride = linear.row_stride, ahead = ahead_of(kDtypeOf<T>, inputs).bytes();
+  const int64_t stride = linear.row_stride,
+                ahead = prefetch_distance_of(kDtypeOf<T>, inputs).bytes();
   int64_t i = begin;
   if (inputs > kInputs) {
     for (; i + 2 <= end; i += 2)

@@ -10,7 +10,7 @@
 
 #include "attend_table.h"
 #include "backend.h"
-#include "cpu/ahead.h"
+#include "cpu/prefetch.h"
 #include "cpu/arena.h"
 #include "cpu/team.h"
 #include "cpu/types.h"

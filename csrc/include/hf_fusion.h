@@ -338,7 +338,7 @@ HFF_API int64_t hff_huge_pages(const void* data, int64_t bytes);
 /* Bytes ahead of its loads at which row kernels ask memory for weights, in calls of `rows` rows of
  * dtype HFF_*: what the first twelve to 128 hff_model_forward over 32 MB of weights or more, on one
  * thread, have found to be faster here. -1 before, or where the arguments name none. */
-HFF_API int64_t hff_ahead(int32_t dtype, int64_t rows);
+HFF_API int64_t hff_prefetch_distance(int32_t dtype, int64_t rows);
 /* Seconds one pass over the buffer, in whole pieces of 256 KB, takes `threads` threads; the read
  * stream that decode is measured against. */
 HFF_API double hff_read_stream(const void* data, int64_t bytes, int32_t threads);

@@ -1,5 +1,4 @@
-"""How far ahead row kernels ask memory for weights: a process finds it out over large weights, and no number depends
-on it."""
+"""The prefetch distance of row kernels: a process finds it out over large weights, and no number depends on it."""
 
 from __future__ import annotations
 
@@ -30,9 +29,9 @@ def decode(vocab, tokens, native_steps):
 
 
 decode(1024, 140, True)
-print(native.ahead(native.BF16))
+print(native.prefetch_distance(native.BF16))
 first = decode(50304, 140, {native_steps})
-print(native.ahead(native.BF16), native.ahead(native.BF16, 2), native.ahead(native.F32))
+print(native.prefetch_distance(native.BF16), native.prefetch_distance(native.BF16, 2), native.prefetch_distance(native.F32))
 print(decode(50304, 140, {native_steps}) == first)
 """
 
@@ -49,4 +48,4 @@ def test_the_first_tokens_over_large_weights_find_the_distance(native_steps):
 
 @pytest.mark.parametrize(("dtype", "rows"), [(-1, 1), (3, 1), (native.BF16, 0), (native.BF16, -(2**63))])
 def test_what_names_no_call_has_no_distance(dtype, rows):
-    assert native.ahead(dtype, rows) is None
+    assert native.prefetch_distance(dtype, rows) is None

@@ -1,4 +1,4 @@
-#include "cpu/ahead.h"
+#include "cpu/prefetch.h"
 
 #include <ctime>
 
@@ -6,12 +6,12 @@ namespace hff {
 namespace {
 
 constexpr int kDtypes = 3, kClasses = 3;
-Ahead g_aheads[kDtypes][kClasses];
+PrefetchDistance g_distances[kDtypes][kClasses];
 
 // Trials go far, near, near, far on each thread: neighbours make a vote, and neither is always
 // first. A call of another kind in between starts afresh.
 struct Turn {
-  const Ahead* of = nullptr;
+  const PrefetchDistance* of = nullptr;
   int step = 0;
   double first = 0.0;  // seconds a byte of the pair's first call
 
@@ -28,41 +28,43 @@ double seconds() {
 }  // namespace
 
 // A lead of six errs once in 50 where one distance wins two of three pairs; equals end at 64.
-void Ahead::vote(bool far) {
+void PrefetchDistance::vote(bool far) {
   constexpr int kLead = 6, kVotes = 64;
   const int lead = lead_.fetch_add(far ? 1 : -1) + (far ? 1 : -1);
   if (votes_.fetch_add(1) + 1 < kVotes && lead > -kLead && lead < kLead) return;
   int64_t open = -1;
-  kept_.compare_exchange_strong(open, lead < 0 ? 0 : kFarAhead);
+  kept_.compare_exchange_strong(open, lead < 0 ? 0 : kFarPrefetch);
 }
 
-Ahead& ahead_of(int32_t dtype, int64_t rows) {
-  return g_aheads[dtype][rows == 1 ? 0 : rows <= 4 ? 1 : 2];
+PrefetchDistance& prefetch_distance_of(int32_t dtype, int64_t rows) {
+  return g_distances[dtype][rows == 1 ? 0 : rows <= 4 ? 1 : 2];
 }
 
-AheadTrial::AheadTrial(int32_t dtype, int64_t rows, double bytes)
-    : ahead_(ahead_of(dtype, rows)),
+PrefetchTrial::PrefetchTrial(int32_t dtype, int64_t rows, double bytes)
+    : distance_(prefetch_distance_of(dtype, rows)),
       bytes_(bytes),
-      open_(ahead_.kept() < 0 && bytes >= kTrialBytes) {
+      open_(distance_.kept() < 0 && bytes >= kTrialBytes) {
   if (!open_) return;
-  if (t_turn.of != &ahead_) t_turn = {&ahead_, 0, 0.0};
-  ahead_.attempt(t_turn.far() ? kFarAhead : 0);
+  if (t_turn.of != &distance_) t_turn = {&distance_, 0, 0.0};
+  distance_.attempt(t_turn.far() ? kFarPrefetch : 0);
   begin_ = seconds();
 }
 
-AheadTrial::~AheadTrial() {
+PrefetchTrial::~PrefetchTrial() {
   if (!open_) return;
   const double rate = (seconds() - begin_) / bytes_;
   if ((t_turn.step & 1) == 0) {
     t_turn.first = rate;
   } else {
-    ahead_.vote((rate < t_turn.first) == t_turn.far());
+    distance_.vote((rate < t_turn.first) == t_turn.far());
   }
   ++t_turn.step;
 }
 
 }  // namespace hff
 
-extern "C" int64_t hff_ahead(int32_t dtype, int64_t rows) {
-  return dtype >= 0 && dtype < hff::kDtypes && rows >= 1 ? hff::ahead_of(dtype, rows).kept() : -1;
+extern "C" int64_t hff_prefetch_distance(int32_t dtype, int64_t rows) {
+  return dtype >= 0 && dtype < hff::kDtypes && rows >= 1
+             ? hff::prefetch_distance_of(dtype, rows).kept()
+             : -1;
 }
