@@ -13,7 +13,10 @@
 //   token, and kept out of L2 and L3 they leave Python's own working set there. A token of
 //   pythia-160m bf16 in generate() takes 0.83-0.85 of the stream with plain prefetches, 0.97-1.0 so
 //   (Zen 5).
-// Lost there: four rows side by side instead of memory order (37 against 41 GB/s), blocks drawn
+// kNearBytes: inputs that stay in L1 beside the weights. Past it, with 32 registers, four rows share
+//   each load of two inputs: (768, 3072) weights and four inputs on Zen 4, bf16 407 us in order, 300
+//   so, fp16 344 and 250.
+// Lost on Zen 5: four rows side by side instead of memory order (37 against 41 GB/s), blocks drawn
 //   from one counter instead of contiguous shares (36 against 41).
 // bf16 with AVX512_BF16: vdpbf16ps on pairs, fp32 sums; denormal inputs count as zero there, as in
 //   oneDNN's bf16 path.
@@ -25,6 +28,7 @@ namespace HFF_ISA {
 
 constexpr int kChains = 2;
 constexpr int kInputs = 4;
+constexpr int64_t kNearBytes = 16 * 1024;
 
 // What a weight type is multiplied with.
 template <class T>
@@ -137,15 +141,15 @@ HFF_INLINE void dot_tile(const T* w, int64_t row_stride, int64_t cols, const Ope
   }
 }
 
-// N weight rows against all inputs, kInputs at a time.
-template <class T, int N>
+// N weight rows against all inputs, M at a time.
+template <class T, int N, int M>
 HFF_INLINE void dot_rows(const T* w, int64_t row_stride, int64_t cols, const Operand<T>* x,
                          int64_t x_stride, int64_t inputs, int64_t ahead, float* y,
                          int64_t y_stride) {
   int64_t c = 0;
-  for (; c + kInputs <= inputs; c += kInputs) {
-    dot_tile<T, N, kInputs>(w, row_stride, cols, x + c * x_stride, x_stride, ahead,
-                            y + c * y_stride, y_stride);
+  for (; c + M <= inputs; c += M) {
+    dot_tile<T, N, M>(w, row_stride, cols, x + c * x_stride, x_stride, ahead, y + c * y_stride,
+                      y_stride);
   }
   for (int r = 0; r < N; ++r) {
     const T* row = w + r * row_stride;
@@ -162,22 +166,28 @@ HFF_INLINE void dot_rows(const T* w, int64_t row_stride, int64_t cols, const Ope
 
 // Weight rows [begin, end) of `linear` against `inputs` rows of x: y[input * y_stride + row -
 // begin]. Up to kInputs inputs wait for memory: strictly in order. More wait for arithmetic: two
-// rows share each load of an input.
+// rows share each load of an input; and four where inputs come from L2.
 template <class T>
 static void gemv(const hff_linear& linear, int64_t begin, int64_t end, const Operand<T>* x,
                  int64_t x_stride, int64_t inputs, float* y, int64_t y_stride) {
   const T* w = static_cast<const T*>(linear.weight.data);
-  const int64_t stride = linear.row_stride,
-                ahead = prefetch_distance_of(kDtypeOf<T>, inputs).bytes();
+  const int64_t stride = linear.row_stride, cols = linear.cols;
+  const int64_t ahead = prefetch_distance_of(kDtypeOf<T>, inputs).bytes();
+  const bool four = kLanes == 16 && inputs > 1 &&
+                    inputs * cols * static_cast<int64_t>(sizeof(Operand<T>)) > kNearBytes;
   int64_t i = begin;
-  if (inputs > kInputs) {
+  if (four) {
+    for (; i + 4 <= end; i += 4)
+      dot_rows<T, 4, 2>(w + i * stride, stride, cols, x, x_stride, inputs, ahead, y + i - begin,
+                        y_stride);
+  } else if (inputs > kInputs) {
     for (; i + 2 <= end; i += 2)
-      dot_rows<T, 2>(w + i * stride, stride, linear.cols, x, x_stride, inputs, ahead, y + i - begin,
-                     y_stride);
+      dot_rows<T, 2, kInputs>(w + i * stride, stride, cols, x, x_stride, inputs, ahead,
+                              y + i - begin, y_stride);
   }
   for (; i < end; ++i)
-    dot_rows<T, 1>(w + i * stride, stride, linear.cols, x, x_stride, inputs, ahead, y + i - begin,
-                   y_stride);
+    dot_rows<T, 1, kInputs>(w + i * stride, stride, cols, x, x_stride, inputs, ahead, y + i - begin,
+                            y_stride);
 }
 
 // Rows are taken in blocks of about 32 KB: small enough to balance threads to a microsecond, large
