@@ -6,18 +6,17 @@ namespace hff {
 namespace {
 
 constexpr int kDtypes = 3, kClasses = 3;
-PrefetchDistance g_distances[kDtypes][kClasses];
+PrefetchDistance g_distances[kDtypes * kClasses];
 
-// Trials go far, near, near, far on each thread: neighbours make a vote, and neither is always
-// first. A call of another kind in between starts afresh.
+// Trials of a kind go far, near, near, far on each thread: neighbours make a vote, and neither is
+// always first.
 struct Turn {
-  const PrefetchDistance* of = nullptr;
   int step = 0;
   double first = 0.0;  // seconds a byte of the pair's first call
 
   bool far() const { return ((step + 1) & 2) == 0; }
 };
-thread_local Turn t_turn;
+thread_local Turn t_turns[kDtypes * kClasses];
 
 double seconds() {
   timespec now;
@@ -37,7 +36,7 @@ void PrefetchDistance::vote(bool far) {
 }
 
 PrefetchDistance& prefetch_distance_of(int32_t dtype, int64_t rows) {
-  return g_distances[dtype][rows == 1 ? 0 : rows <= 4 ? 1 : 2];
+  return g_distances[dtype * kClasses + (rows == 1 ? 0 : rows <= 4 ? 1 : 2)];
 }
 
 PrefetchTrial::PrefetchTrial(int32_t dtype, int64_t rows, double bytes)
@@ -45,20 +44,20 @@ PrefetchTrial::PrefetchTrial(int32_t dtype, int64_t rows, double bytes)
       bytes_(bytes),
       open_(distance_.kept() < 0 && bytes >= kTrialBytes) {
   if (!open_) return;
-  if (t_turn.of != &distance_) t_turn = {&distance_, 0, 0.0};
-  distance_.attempt(t_turn.far() ? kFarPrefetch : 0);
+  distance_.attempt(t_turns[&distance_ - g_distances].far() ? kFarPrefetch : 0);
   begin_ = seconds();
 }
 
 PrefetchTrial::~PrefetchTrial() {
   if (!open_) return;
   const double rate = (seconds() - begin_) / bytes_;
-  if ((t_turn.step & 1) == 0) {
-    t_turn.first = rate;
+  Turn& turn = t_turns[&distance_ - g_distances];
+  if ((turn.step & 1) == 0) {
+    turn.first = rate;
   } else {
-    distance_.vote((rate < t_turn.first) == t_turn.far());
+    distance_.vote((rate < turn.first) == turn.far());
   }
-  ++t_turn.step;
+  ++turn.step;
 }
 
 }  // namespace hff
