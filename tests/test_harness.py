@@ -10,7 +10,7 @@ import torch
 
 import hf_fusion
 from hf_fusion import cli, harness
-from hf_fusion.harness import inputs, models, parity, perplexity, timing
+from hf_fusion.harness import inputs, machine, models, parity, perplexity, timing
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
@@ -319,6 +319,16 @@ def test_command_perplexity_prints_json(folder, text, capsys):
     ])  # fmt: skip
     assert code == 0
     assert json.loads(capsys.readouterr().out)["rows"][1]["path"] == "decode"
+
+
+def test_variables_that_move_timings_stand_beside_the_machine(monkeypatch):
+    monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
+    monkeypatch.setenv("UNRELATED", "1")
+    record = machine.environment()
+    assert record["variables"]["OMP_WAIT_POLICY"] == "passive" and "UNRELATED" not in record["variables"]
+    assert "; OMP_WAIT_POLICY=passive" in machine.describe(record)
+    monkeypatch.delenv("OMP_WAIT_POLICY")
+    assert "OMP_WAIT_POLICY" not in machine.describe(machine.environment())
 
 
 def test_command_info(capsys):

@@ -20,6 +20,8 @@ import hf_fusion
 
 STREAM_BYTES = 512 * 1024 * 1024
 PEAK_SIZE, PEAK_REPEATS = 2048, 2
+# Environment variables that move timings: OMP_WAIT_POLICY=passive alone slows stock by half.
+_MOVING = ("OMP_", "GOMP_", "KMP_", "MKL_", "ONEDNN_", "DNNL_", "ATEN_CPU_", "HF_FUSION_")
 
 
 def environment(threads: int | None = None) -> dict[str, Any]:
@@ -33,6 +35,7 @@ def environment(threads: int | None = None) -> dict[str, Any]:
         "platform": platform.platform(),
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in ("hf-fusion", "torch", "transformers")},
+        "variables": {k: v for k, v in sorted(os.environ.items()) if k.startswith(_MOVING)},
         "commit": commit(),
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
     }
@@ -42,9 +45,10 @@ def describe(record: dict[str, Any]) -> str:
     """One line for under a table."""
     versions = ", ".join(f"{name} {value}" for name, value in record["versions"].items() if value)
     source = f", commit {record['commit']}" if record["commit"] else ""
+    moved = "".join(f"; {name}={value}" for name, value in record["variables"].items())
     return (
         f"Machine: {record['cpu']}, {record['cores']} cores, threads {record['threads']}, "
-        f"kernels {record['isa'] or 'absent'}; {versions}{source}."
+        f"kernels {record['isa'] or 'absent'}; {versions}{source}{moved}."
     )
 
 
