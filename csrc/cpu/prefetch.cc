@@ -5,7 +5,7 @@
 namespace hff {
 namespace {
 
-constexpr int kDtypes = 3, kClasses = 3;
+constexpr int kDtypes = 3, kClasses = 2;
 PrefetchDistance g_distances[kDtypes * kClasses];
 
 // Trials of a kind go far, near, near, far on each thread: neighbours make a vote, and neither is
@@ -36,13 +36,13 @@ void PrefetchDistance::vote(bool far) {
 }
 
 PrefetchDistance& prefetch_distance_of(int32_t dtype, int64_t rows) {
-  return g_distances[dtype * kClasses + (rows == 1 ? 0 : rows <= 4 ? 1 : 2)];
+  return g_distances[dtype * kClasses + (rows == 1 ? 0 : 1)];
 }
 
 PrefetchTrial::PrefetchTrial(int32_t dtype, int64_t rows, double bytes)
     : distance_(prefetch_distance_of(dtype, rows)),
       bytes_(bytes),
-      open_(distance_.kept() < 0 && bytes >= kTrialBytes) {
+      open_(distance_.kept() < 0 && rows <= kTriedRows && bytes >= kTrialBytes) {
   if (!open_) return;
   distance_.attempt(t_turns[&distance_ - g_distances].far() ? kFarPrefetch : 0);
   begin_ = seconds();
@@ -63,7 +63,7 @@ PrefetchTrial::~PrefetchTrial() {
 }  // namespace hff
 
 extern "C" int64_t hff_prefetch_distance(int32_t dtype, int64_t rows) {
-  return dtype >= 0 && dtype < hff::kDtypes && rows >= 1
+  return dtype >= 0 && dtype < hff::kDtypes && rows >= 1 && rows <= hff::kTriedRows
              ? hff::prefetch_distance_of(dtype, rows).kept()
              : -1;
 }
