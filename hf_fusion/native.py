@@ -185,7 +185,7 @@ def huge_pages(address: int, size: int) -> int:
 
 
 def prefetch_distance(dtype: int, rows: int = 1) -> int | None:
-    """Bytes ahead of its loads at which a row kernel asks memory for weights, in calls of `rows` rows, 1 to 4; None
+    """Bytes ahead of its loads at which a row kernel asks memory for weights, in calls of `rows` rows, 1 or 2; None
     until the first calls over large weights have found out what is faster here.
     """
     found = load().hff_prefetch_distance(dtype, rows)

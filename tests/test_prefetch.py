@@ -46,6 +46,6 @@ def test_the_first_tokens_over_large_weights_find_the_distance(native_steps):
     assert same == "True"
 
 
-@pytest.mark.parametrize(("dtype", "rows"), [(-1, 1), (3, 1), (1, 0), (1, 5), (1, -(2**63))])
+@pytest.mark.parametrize(("dtype", "rows"), [(-1, 1), (3, 1), (1, 0), (1, 3), (1, -(2**63))])
 def test_what_names_no_call_has_no_distance(dtype, rows):
     assert native.prefetch_distance(dtype, rows) is None

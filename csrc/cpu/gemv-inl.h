@@ -176,8 +176,8 @@ HFF_INLINE void dot_rows(const T* w, int64_t row_stride, int64_t cols, const Ope
 }
 
 // Weight rows [begin, end) of `linear` against `inputs` rows of x: y[input * y_stride + row -
-// begin]. Up to kInputs inputs wait for memory: strictly in order. More wait for arithmetic: two
-// rows share each load of an input; and four where inputs come from L2.
+// begin]. One or two inputs wait for memory: strictly in order. More wait for arithmetic: two rows
+// share each load of an input; and four where inputs come from L2.
 template <class T>
 static void gemv(const hff_linear& linear, int64_t begin, int64_t end, const Operand<T>* x,
                  int64_t x_stride, int64_t inputs, float* y, int64_t y_stride) {
@@ -191,7 +191,7 @@ static void gemv(const hff_linear& linear, int64_t begin, int64_t end, const Ope
     for (; i + 4 <= end; i += 4)
       dot_rows<T, 4, 2>(w + i * stride, stride, cols, x, x_stride, inputs, ahead, y + i - begin,
                         y_stride);
-  } else if (inputs > kInputs) {
+  } else if (inputs > kTriedRows) {
     for (; i + 2 <= end; i += 2)
       dot_rows<T, 2, kInputs>(w + i * stride, stride, cols, x, x_stride, inputs, ahead,
                               y + i - begin, y_stride);

@@ -3,9 +3,9 @@
 // latency where the hardware looks less far; where it looks far enough, more requests get in its
 // way, and a prefetch of the very line, which only marks it as read once, is faster. No manual says
 // which: the first calls of a process that read more weights than caches hold try both in turn, and
-// the faster stays, for each dtype and for one row and a few.
+// the faster stays, for each dtype, for one row and for two.
 // Share of the read stream on a 2-core Zen 4 VM, (50304, 768) weights, kFarPrefetch | 0: one row
-// bf16 0.92 | 1.00, fp16 0.86 | 0.99, fp32 0.79 | 0.90; four rows bf16 0.66 | 0.87, fp16 0.85 | 0.77.
+// bf16 0.92 | 1.00, fp16 0.86 | 0.99, fp32 0.79 | 0.90; two rows bf16 0.76 | 0.97, fp16 0.51 | 0.47.
 // On Zen 5, where 1 KB ahead streams at 36 GB/s and 2 KB at 40 to 43, the far one is known to pay.
 // No bit depends on the distance.
 #pragma once
@@ -20,7 +20,7 @@ namespace hff {
 constexpr int64_t kFarPrefetch = 2048;
 // Weights of a call, in bytes, from which on it counts as a trial.
 constexpr double kTrialBytes = 32 << 20;
-constexpr int64_t kTriedRows = 4;
+constexpr int64_t kTriedRows = 2;
 
 // The distance for calls of one kind, and the votes on it.
 class PrefetchDistance {

@@ -336,7 +336,7 @@ HFF_API hff_status hff_use_openmp(void* parallel, void* thread_num, void* num_th
  * backed, 0 if none. */
 HFF_API int64_t hff_huge_pages(const void* data, int64_t bytes);
 /* Bytes ahead of its loads at which row kernels ask memory for weights, in calls of `rows` rows, 1
- * to 4, of dtype HFF_*: what the first twelve to 128 hff_model_forward over 32 MB of weights or
+ * or 2, of dtype HFF_*: what the first twelve to 128 hff_model_forward over 32 MB of weights or
  * more, on one thread, have found to be faster here. -1 before, or where the arguments name none. */
 HFF_API int64_t hff_prefetch_distance(int32_t dtype, int64_t rows);
 /* Seconds one pass over the buffer, in whole pieces of 256 KB, takes `threads` threads; the read
