@@ -29,9 +29,10 @@ def decode(vocab, tokens, native_steps):
 
 
 decode(1024, 140, True)
-print(native.prefetch_distance(native.BF16))
+distance = native.prefetch_distance
+print(distance(native.BF16))
 first = decode(50304, 140, {native_steps})
-print(native.prefetch_distance(native.BF16), native.prefetch_distance(native.BF16, 2), native.prefetch_distance(native.F32))
+print(distance(native.BF16), distance(native.BF16, 2), distance(native.F32))
 print(decode(50304, 140, {native_steps}) == first)
 """
 

@@ -15,7 +15,7 @@
 //   (Zen 5).
 // kNearBytes: inputs that stay in L1 beside the weights. Past it, with 32 registers, four rows share
 //   each load of two inputs: (768, 3072) weights and four inputs on Zen 4, bf16 407 us in order, 300
-//   so, fp16 344 and 250.
+//   so, fp16 344 and 250, both with non-temporal prefetches.
 // kTilesAhead: rows that share inputs are read again for each group of inputs, so those of the tiles
 //   to come go to L2 meanwhile. Eight inputs, (3072, 768) weights on Zen 4: bf16 271 us with
 //   non-temporal prefetches 2 KB ahead, 175 so; fp16 340 and 262.
