@@ -54,25 +54,29 @@ HFF_INLINE void tile_store(float* p, int64_t stride_bytes) {
     std::memcpy(reinterpret_cast<char*>(p) + r * stride_bytes, t_tiles.c[I][r], 64);
 }
 #else
-// Configures the eight tiles as 16 rows of 64 bytes for its lifetime.
+// Configures the eight tiles as 16 rows of 64 bytes for its lifetime. In asm, since GCC's intrinsics
+// name 8 of the 64 bytes as read: it then drops the stores to the others.
 struct TileScope {
   TileConfig found;
   TileScope() {
-    _tile_storeconfig(&found);
+    asm volatile("sttilecfg %0" : "=m"(found));
     TileConfig ours;
     ours.palette = 1;
     for (int i = 0; i < 8; ++i) {
       ours.row_bytes[i] = 64;
       ours.rows[i] = 16;
     }
-    _tile_loadconfig(&ours);
+    configure(ours);
   }
   ~TileScope() {
     if (found.palette == 0) {
       _tile_release();
     } else {
-      _tile_loadconfig(&found);
+      configure(found);
     }
+  }
+  HFF_INLINE void configure(const TileConfig& config) {
+    asm volatile("ldtilecfg %0" : : "m"(config));
   }
   TileScope(const TileScope&) = delete;
 };
@@ -133,6 +137,7 @@ template <class P, bool kTwo>
 static void multiply_tiles(const bf16* a, int64_t stride, const bf16* panel, int64_t cols,
                            float* c) {
   const int64_t depth = P::padded(cols);
+  asm volatile("" : : : "memory");  // GCC's tile loads do not say what they read
   tile_zero<0>();
   tile_zero<1>();
   if constexpr (kTwo) {
