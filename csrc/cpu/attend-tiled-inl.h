@@ -45,7 +45,7 @@ struct AttendTiles {
       const T* q = a.q(b, a.head_of(g, first + r), a.query_of(first + r));
       for (int64_t d = 0; d < dim; d += kLanes) {
         const int64_t n = dim - d < kLanes ? dim - d : kLanes;
-        store_input<T, P>(load_n(q + d, n), queries.row(r), d, n, dim);
+        store_input<T, P>(load_n(q + d, n), queries.row(r), d, n);
       }
       zero_tail<P>(queries.row(r), dim);
       totals[r] = 0.0f;

@@ -86,7 +86,7 @@ struct GemmLinearRun {
       const T* from = static_cast<const T*>(io.x.data) + r * cols;
       for (int64_t k = 0; k < cols; k += kLanes) {
         const int64_t n = cols - k < kLanes ? cols - k : kLanes;
-        store_input<T, P>(load_n(from + k, n), x.row(r), k, n, cols);
+        store_input<T, P>(load_n(from + k, n), x.row(r), k, n);
       }
       zero_tail<P>(x.row(r), cols);
     }

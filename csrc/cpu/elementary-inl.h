@@ -125,5 +125,22 @@ HFF_INLINE F activate(F x, int32_t activation) {
   }
 }
 
+// function(an integral constant of the activation)
+template <class Function>
+HFF_INLINE void with_activation(int32_t activation, Function function) {
+  switch (activation) {
+    case HFF_ACT_GELU_ERF:
+      return function(std::integral_constant<int32_t, HFF_ACT_GELU_ERF>{});
+    case HFF_ACT_GELU_TANH:
+      return function(std::integral_constant<int32_t, HFF_ACT_GELU_TANH>{});
+    case HFF_ACT_RELU:
+      return function(std::integral_constant<int32_t, HFF_ACT_RELU>{});
+    case HFF_ACT_SILU:
+      return function(std::integral_constant<int32_t, HFF_ACT_SILU>{});
+    default:
+      return function(std::integral_constant<int32_t, HFF_ACT_NONE>{});
+  }
+}
+
 }  // namespace HFF_ISA
 }  // namespace hff

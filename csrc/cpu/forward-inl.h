@@ -105,7 +105,7 @@ struct GemmModelRun {
     typename P::Stored* row = scratch.normed.row(to);
     for (int64_t k = 0; k < model.hidden; k += kLanes) {
       const int64_t n = model.hidden - k < kLanes ? model.hidden - k : kLanes;
-      store_input<T, P>(load_n(line + k, n), row, k, n, model.hidden);
+      store_input<T, P>(load_n(line + k, n), row, k, n);
     }
     zero_tail<P>(row, model.hidden);
   }

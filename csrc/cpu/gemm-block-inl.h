@@ -91,7 +91,7 @@ struct GemmPass {
   void round_row(const float* x, int64_t cols, typename P::Stored* row) const {
     for (int64_t k = 0; k < cols; k += kLanes) {
       const int64_t n = cols - k < kLanes ? cols - k : kLanes;
-      store_input<T, P>(load_n(x + k, n), row, k, n, cols);
+      store_input<T, P>(load_n(x + k, n), row, k, n);
     }
     zero_tail<P>(row, cols);
   }
@@ -247,7 +247,7 @@ struct GemmPass {
     const int64_t dim = s.heads.head_dim;
     for (int64_t d = 0; d < dim; d += kLanes) {
       const int64_t n = dim - d < kLanes ? dim - d : kLanes;
-      store_input<T, P>(mul(load(context + d), scale), to, h * dim + d, n, s.q_width);
+      store_input<T, P>(mul(load(context + d), scale), to, h * dim + d, n);
     }
   }
 
@@ -286,18 +286,24 @@ struct GemmPass {
 
   // act = a slice of the activated up(in); to the caller where the stage ends with it
   void up(int64_t slice, const Operands<P>& in) const {
-    T* out = stage == HFF_STAGE_ATTENTION_UP ? static_cast<T*>(io->up_out.data) : nullptr;
     const int64_t count = block.mlp_width / slices.mlp;
+    const Weight weight = Weight::of(block.up, slice * count, count, 0, block.up.cols);
+    if (stage == HFF_STAGE_ATTENTION_UP) {
+      T* out = static_cast<T*>(io->up_out.data);
+      product(slice, Scratch::kUp, weight, block.activation, in,
+              Target{out, block.mlp_width, sizeof(T)},
+              [&](int64_t row, int64_t column, int64_t n, F v) {
+                store_n(v, out + row * block.mlp_width + column, n);
+              });
+      return barrier->wait();
+    }
     const Operands<P>& act = scratch.act;
-    const Target target = out != nullptr ? Target{out, block.mlp_width, sizeof(T)}
-                                         : Target{act.data, act.stride, sizeof(*act.data)};
-    product(slice, Scratch::kUp, Weight::of(block.up, slice * count, count, 0, block.up.cols),
-            block.activation, in, target, [&](int64_t row, int64_t column, int64_t n, F v) {
-              if (out != nullptr) return store_n(v, out + row * block.mlp_width + column, n);
-              store_input<T, P>(v, act.row(row), column, n, count);
+    product(slice, Scratch::kUp, weight, block.activation, in,
+            Target{act.data, act.stride, sizeof(*act.data)},
+            [&](int64_t row, int64_t column, int64_t n, F v) {
+              store_input<T, P>(v, act.row(row), column, n);
             });
-    for (int64_t r = first_row(); out == nullptr && r < end_row(); ++r)
-      zero_tail<P>(act.row(r), count);
+    for (int64_t r = first_row(); r < end_row(); ++r) zero_tail<P>(act.row(r), count);
     barrier->wait();
   }
 

@@ -51,7 +51,7 @@ template <class P, class E>
 HFF_INLINE void zero_tail(E* row, int64_t cols) {
   for (int64_t part = 0; part < P::kParts; ++part) {
     for (int64_t k = cols; k < P::padded(cols); k += kLanes)
-      store_n(zero(), row + part * P::padded(cols) + k, P::padded(cols) - k);
+      store_n(zero(), row + part_index<P>(k, part), P::padded(cols) - k);
   }
 }
 // v rounded to T.
@@ -64,11 +64,22 @@ HFF_INLINE F rounded(F v) {
 }
 // Stores n values, rounded to T, as A[row][k .. k + n).
 template <class T, class P, class E>
-HFF_INLINE void store_input(F v, E* row, int64_t k, int64_t n, int64_t cols) {
+HFF_INLINE void store_input(F v, E* row, int64_t k, int64_t n) {
   constexpr bool kRounds = std::is_same<E, T>::value;  // the store itself
   const F value = kRounds ? v : rounded<T>(v);
-  store_input_n(value, row + k, n);
-  if constexpr (P::kParts == 2) store_input_n(part_of(value, 1), row + P::padded(cols) + k, n);
+  if constexpr (P::kParts == 1) {
+    store_input_n(value, row + k, n);
+  } else {
+    for (int64_t part = 0; part < P::kParts; ++part) {
+      const F v = part_of(value, part);
+      const int64_t room = kTileDepth - k % kTileDepth;  // heads of any size lie side by side
+      store_input_n(v, row + part_index<P>(k, part), n < room ? n : room);
+      if (n <= room) continue;
+      float lanes[2 * kLanes];
+      store(v, lanes);
+      store_input_n(load(lanes + room), row + part_index<P>(k + room, part), n - room);
+    }
+  }
 }
 
 // Where a product goes: row r, column j at data + (r stride + j) element_bytes. `adds`: whole panels
@@ -143,7 +154,7 @@ struct Slice {
     s.linear.bias.data = bias != nullptr && col == 0 ? bias + row : nullptr;
     s.linear.rows = rows;
     s.linear.cols = cols;
-    s.offset = row / kPanel * s.stride + col * kPanel;
+    s.offset = row / kPanel * s.stride + P::kParts * col * kPanel;
     return s;
   }
 };
@@ -267,18 +278,33 @@ static void gemm_unit(const Slice<T, P>& slice, const GemmUnits& units, int64_t 
   }
 }
 
-// Calls sink(row, column, n, values) for the vectors of a tile, bias added and activated.
+// Calls sink(row, column, n, values) for the vectors of a tile, bias added and activated. Tests and
+// masks of narrower tiles would take as long as an activation.
 template <class T, class Sink>
 HFF_INLINE void finish_tile(const hff_linear& linear, int32_t activation, int64_t row, int64_t rows,
                             int64_t column, int64_t columns, const float* c, Sink sink) {
   const T* bias = static_cast<const T*>(linear.bias.data);
-  for (int64_t j = 0; j < columns; j += kLanes) {
-    const int64_t n = columns - j < kLanes ? columns - j : kLanes;
-    const F b = bias != nullptr ? load_n(bias + column + j, n) : zero();
-    for (int64_t r = 0; r < rows; ++r) {
-      sink(row + r, column + j, n, activate<T>(add(load(c + r * kPanel + j), b), activation));
+  bias = bias != nullptr ? bias + column : nullptr;
+  if (columns < kPanel) {
+    for (int64_t j = 0; j < columns; j += kLanes) {
+      const int64_t n = columns - j < kLanes ? columns - j : kLanes;
+      const F b = bias != nullptr ? load_n(bias + j, n) : zero();
+      for (int64_t r = 0; r < rows; ++r)
+        sink(row + r, column + j, n, activate<T>(add(load(c + r * kPanel + j), b), activation));
     }
+    return;
   }
+  const F low = bias != nullptr ? load(bias) : zero();
+  const F high = bias != nullptr ? load(bias + kLanes) : zero();
+  with_activation(activation, [&](auto known) {
+    for (int64_t r = 0; r < rows; ++r) {
+      const float* at = c + r * kPanel;
+      const F first = activate<T>(add(load(at), low), known.value);
+      const F second = activate<T>(add(load(at + kLanes), high), known.value);
+      sink(row + r, column, kLanes, first);
+      sink(row + r, column + kLanes, kLanes, second);
+    }
+  });
 }
 
 }  // namespace HFF_ISA

@@ -24,7 +24,7 @@ struct Slices {
   template <class P>
   static Slices of(const hff_block& b, int32_t stage) {
     Slices s;
-    if (stage != HFF_STAGE_FULL || P::kParts > 1) return s;
+    if (stage != HFF_STAGE_FULL) return s;
     const hff_heads& h = b.heads;
     s.heads = most(h.kv_heads, h.head_dim, (h.heads / h.kv_heads + 2) * h.head_dim);
     if (b.mlp_width % kTileDepth == 0)

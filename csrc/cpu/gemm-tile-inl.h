@@ -28,6 +28,12 @@ struct Ahead {
   HFF_ALWAYS_INLINE void fetch(int64_t k) const {
     __builtin_prefetch(static_cast<const char*>(data) + k * step, 0, 2);
   }
+  // What belongs to columns [k, k + kTileDepth).
+  HFF_ALWAYS_INLINE void fetch_tile(int64_t k) const {
+    const char* at = static_cast<const char*>(data) + k * step;
+    for (int64_t line = 0; line < kTileDepth * step; line += 64)
+      __builtin_prefetch(at + line, 0, 2);
+  }
 };
 
 // Walks along R rows of A, up to 15. A pointer for each of 14 is more than there are general
@@ -139,8 +145,9 @@ HFF_INLINE void multiply_rows(int64_t rows, const typename P::Input* a, int64_t 
                               Ahead ahead) {
 #if defined(HFF_TILES)
   if constexpr (P::kDepth == 2) {
-    rows > 16 ? multiply_tiles<P, true>(a, stride, panel, cols, c)
-              : multiply_tiles<P, false>(a, stride, panel, cols, c);
+    const auto beside = [&](int64_t k) { ahead.fetch_tile(k); };
+    rows > 16 ? multiply_tiles<P, true>(a, stride, panel, cols, c, beside)
+              : multiply_tiles<P, false>(a, stride, panel, cols, c, beside);
   } else
 #endif
   {

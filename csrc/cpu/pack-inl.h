@@ -4,7 +4,7 @@
 //   Plain<T>: panel[k][kPanel], T, widened to fp32 at the load.
 //   Pairs:    panel[k / 2][kPanel][2], bf16, what vdpbf16ps and an AMX tile of B take: a tile is 16
 //             pairs of k by 16 rows, its rows kPanel pairs apart. k is padded to whole tiles.
-//   Split:    two Pairs panels, the bf16 value of an fp32 weight and the bf16 value of the rest.
+//   Split:    a tile of the bf16 values of fp32 weights, then one of those of the rests, and so on.
 // Rows past the last and k past the end are zero, so that kernels need no tails.
 // Work split: panels are independent. Prepacked weights (hff_pack) are a 64-byte header and the
 //   panels; without them a unit packs its panels into scratch of its thread before it multiplies.
@@ -49,6 +49,14 @@ struct Split {
   static constexpr int32_t kLayout = 2;
   HFF_INLINE int64_t padded(int64_t k) { return Pairs::padded(k); }
 };
+
+// Where element k of an operand lies in its row, or, times kPanel, in a panel: parts take turns, a
+// tile's depth each.
+template <class P>
+HFF_INLINE int64_t part_index(int64_t k, int64_t part) {
+  if constexpr (P::kParts == 1) return k;
+  return (k / kTileDepth * P::kParts + part) * kTileDepth + k % kTileDepth;
+}
 
 // Elements of one panel, all parts.
 template <class P>
@@ -258,7 +266,7 @@ static void pack_panel(const hff_linear& linear, int64_t panel, typename P::Elem
   constexpr int64_t kPerWord = 4 / sizeof(typename P::Element);
   const T* rows = static_cast<const T*>(linear.weight.data);
   const int64_t depth = P::padded(linear.cols);
-  for (int64_t part = 0; part < P::kParts; ++part, out += depth * kPanel) {
+  for (int64_t part = 0; part < P::kParts; ++part) {
     for (int64_t half = 0; half < kPanel; half += kLanes) {
       const int64_t first = panel * kPanel + half, have = linear.rows - first;
       for (int64_t k = 0; k < depth; k += kLanes * kPerWord) {
@@ -269,7 +277,7 @@ static void pack_panel(const hff_linear& linear, int64_t panel, typename P::Elem
                      : no_words();
         }
         transpose(w);
-        typename P::Element* to = out + k * kPanel + half * P::kDepth;
+        typename P::Element* to = out + part_index<P>(k, part) * kPanel + half * P::kDepth;
         for (int64_t i = 0; i < kLanes && k + i * kPerWord < depth; ++i) {
           if constexpr (P::kDepth == kPerWord) {
             store_words(w[i], to + i * kPerWord * kPanel);
