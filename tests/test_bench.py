@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from importlib.util import find_spec
 
 import pytest
@@ -270,6 +271,8 @@ def test_precision_of_peers(peer, dtype, matmul, precision):
         ("text", "--batch 1,3 --length 4,9 --ragged --rungs packed --seed 2", 4),
         ("image", "--images 1,2 --backend reference --rungs full", 2),
         ("decoder", "--work prefill --length 5,9 --rungs full --matmul-precision high", 2),
+        ("image", "--rungs full,packed --matmul-precision high", 1),
+        ("text", "--length 40 --batch 2 --rungs full --matmul-precision medium", 1),
         ("text", "--length 7 --batch 2 --rungs attention", 1),
     ],
 )
@@ -284,6 +287,12 @@ def test_command_writes_every_file(folders, tmp_path, capsys, quick_peak, kind, 
     found = json.loads((tmp_path / "out.json").read_text())
     assert found["kind"] == "work" and len(found["items"]) == count
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_high_precision_grants():
+    parity = work.Parity(9.0, 1.0, 2.0**-14, granted=work.GRANTED_BY_HIGH)
+    assert parity.passed and not replace(parity, relative_l2=2.0**-13).passed
+    assert not replace(parity, error=float("nan"), relative_l2=float("nan")).passed
 
 
 def test_a_failed_verdict_makes_the_command_fail(folders, capsys, quick_peak, monkeypatch):

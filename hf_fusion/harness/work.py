@@ -2,18 +2,22 @@
 
 The verdict of a row: its largest error against stock in higher precision, at the positions that are
 not padding, is at most twice stock's own in the same dtype, over the inputs that were timed first.
-A rung without one has no time; a peer keeps its time beside the failed verdict.
+Where fp32 products may be less exact, stock computes them in full: "high" grants a relative L2
+error of 2^-14, and of "medium" stock's error in bf16 is the yardstick. A rung without a verdict has
+no time; a peer keeps its time beside the failed one.
 """
 
 from __future__ import annotations
 
+import copy
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
 from . import machine, peers
 from .contenders import (
@@ -37,6 +41,7 @@ from .workloads import Inputs, Work, judged, make_inputs, make_work, run_model, 
 
 JUDGED = 2
 """Inputs on which errors are measured, of those that are timed."""
+GRANTED_BY_HIGH = 2.0**-14
 LENGTHS = {TEXT: (128,), DECODER: (512,), IMAGE: (0,)}
 Peak = Callable[[int], float | None]
 
@@ -175,26 +180,38 @@ def _parity(
     """Parity of every contender that ran, stock's first, as its yardstick."""
     advance("reference")
     wide = torch.float64 if loaded.dtype == "fp32" else torch.float32
-    model = raised(loaded.model)
+    asked = torch.get_float32_matmul_precision() if loaded.dtype == "fp32" else "highest"
     with matmul_precision("highest"):
-        expected = [
-            judged(work, run_model(model, work.kind, _widened(one, wide))) for one in inputs
-        ]
+        expected = list(_outputs(raised(loaded.model), work, inputs, wide))
     norm = float(torch.stack([part.norm() for part in expected]).norm()) or 1.0
+
+    def errors(found: Iterable[torch.Tensor]) -> tuple[float, float]:
+        # one at a time: a peer may give the same memory again
+        gaps = [one.to(wide) - want for one, want in zip(found, expected)]
+        largest = torch.stack([gap.abs().max() for gap in gaps]).max()
+        return float(largest), float(torch.stack([gap.norm() for gap in gaps]).norm()) / norm
+
+    stock = None
+    if asked == "medium":
+        narrow = copy.deepcopy(loaded.model).to(torch.bfloat16)
+        stock = errors(_outputs(narrow, work, inputs, torch.bfloat16))[0]
+    granted = GRANTED_BY_HIGH if asked == "high" else 0.0
     parity: dict[str, Parity] = {}
     for contender in contenders:
         advance(f"parity of {contender.name}")
         if contender.name in recording.failures:
             continue
-        gaps = [
-            judged(work, contender.call(one)).to(wide) - want
-            for one, want in zip(inputs, expected)
-        ]
-        largest = torch.stack([gap.abs().max() for gap in gaps]).max()
-        error, distance = float(largest), float(torch.stack([gap.norm() for gap in gaps]).norm())
-        stock = parity[STOCK].error if parity else error
-        parity[contender.name] = Parity(error, stock, distance / norm)
+        error, distance = errors(judged(work, contender.call(one)) for one in inputs)
+        stock = error if stock is None else stock
+        parity[contender.name] = Parity(error, stock, distance, granted=granted)
     return parity
+
+
+def _outputs(
+    model: nn.Module, work: Work, inputs: Sequence[Inputs], dtype: torch.dtype
+) -> Iterator[torch.Tensor]:
+    """What `model` makes of the inputs, in `dtype`."""
+    return (judged(work, run_model(model, work.kind, _widened(one, dtype))) for one in inputs)
 
 
 def _widened(inputs: Inputs, dtype: torch.dtype) -> Inputs:

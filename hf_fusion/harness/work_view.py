@@ -31,11 +31,20 @@ def work_markdown(result: WorkResult) -> str:
         ]
     lines += [
         "Error: largest absolute one against stock in higher precision, padding left out, over "
-        "stock's own; limit 2. GFLOP: from the shapes, padding not counted.",
+        f"stock's own; {_limit(settings.matmul_precision)}. GFLOP: from the shapes, padding not "
+        "counted.",
         describe(record),
         command_line(record),
     ]
     return "\n".join(lines)
+
+
+def _limit(precision: str) -> str:
+    return {
+        "highest": "limit 2",
+        "high": "limit 2 or, in fp32, 2^-14 of the output in L2",
+        "medium": "limit 2, in fp32 over stock's in bf16",
+    }[precision]
 
 
 def panels(result: WorkResult, by_batch: bool) -> list[list[WorkItem]]:
