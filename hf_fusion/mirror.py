@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 from ctypes import POINTER, c_char, c_float, c_int32, c_int64, c_uint64, c_void_p
 
-ABI_VERSION = 6
+ABI_VERSION = 7
 MAX_HEAD_DIM = 256
 SAMPLED_ROWS = 8
 
@@ -19,6 +19,7 @@ PRECISIONS = {"highest": 0, "high": 1, "medium": 2}
 STAGES = {"attention": 0, "attention+up": 1, "full": 2}
 DEVICES = {"cpu": 0, "cuda": 1}
 PLANS = {"auto": 0, "chain": 1, "token": 2}
+PREFETCHES = {"line": 0, "ahead": 1, "to_l2": 2}
 ATTENDS = {"naive": 0, "tiled": 1, "flash": 2}
 MASK_NONE, MASK_BOOL, MASK_INT64, MASK_ADDITIVE = range(4)
 

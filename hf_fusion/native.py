@@ -47,7 +47,7 @@ _SIGNATURES = {
     "hff_isa": (c_char_p, []),
     "hff_use_openmp": (c_int32, [c_void_p, c_void_p, c_void_p]),
     "hff_huge_pages": (c_int64, [c_void_p, c_int64]),
-    "hff_prefetch_distance": (c_int64, [c_int32, c_int64]),
+    "hff_prefetch": (c_int32, [c_int32, c_int64]),
     "hff_read_stream": (c_double, [c_void_p, c_int64, c_int32]),
 }
 
@@ -184,12 +184,12 @@ def huge_pages(address: int, size: int) -> int:
     return load().hff_huge_pages(address, size)
 
 
-def prefetch_distance(dtype: int, rows: int = 1) -> int | None:
-    """Bytes ahead of its loads at which a row kernel asks memory for weights, in calls of `rows` rows, 1 or 2; None
-    until the first calls over large weights have found out what is faster here.
+def prefetch(dtype: int, rows: int = 1) -> str | None:
+    """How a row kernel asks memory for weights in calls of `rows` rows, 1 or 2 (a name of PREFETCHES); None until the
+    first calls over large weights have found out what is faster here.
     """
-    found = load().hff_prefetch_distance(dtype, rows)
-    return found if found >= 0 else None
+    found = load().hff_prefetch(dtype, rows)
+    return next((name for name, value in PREFETCHES.items() if value == found), None)
 
 
 def read_stream_bandwidth(size: int = 512 << 20, threads: int = 1, repeats: int = 3) -> float:

@@ -77,6 +77,7 @@ def test_constants_equal_the_header_s():
         "ATTEND": native.ATTENDS,
         "DEVICE": native.DEVICES,
         "PLAN": native.PLANS,
+        "PREFETCH": native.PREFETCHES,
     }
     for prefix, table in tables.items():
         mirrored |= {

@@ -9,10 +9,10 @@
 //   the read stream.
 // kChains = 2: a 64-byte line takes about 13 cycles to arrive, two sums hide the latency of a
 //   multiply-add.
-// ahead: the prefetch distance (prefetch.h). Prefetches are non-temporal: weights are read once a
-//   token, and kept out of L2 and L3 they leave Python's own working set there. A token of
-//   pythia-160m bf16 in generate() takes 0.83-0.85 of the stream with plain prefetches, 0.97-1.0 so
-//   (Zen 5).
+// Prefetch: how memory is asked for weights (prefetch.h). Non-temporally where that is as fast:
+//   weights are read once a token, and kept out of L2 and L3 they leave Python's own working set
+//   there. A token of pythia-160m bf16 in generate() takes 0.83-0.85 of the stream with plain
+//   prefetches, 0.97-1.0 so (Zen 5).
 // kNearBytes: inputs that stay in L1 beside the weights. Past it, with 32 registers, four rows share
 //   each load of two inputs: (768, 3072) weights and four inputs on Zen 4, bf16 407 us in order, 300
 //   so, fp16 344 and 250, both with non-temporal prefetches.
@@ -106,8 +106,9 @@ struct Step<bf16> {
 };
 #endif
 
-// y[c * y_stride + r] for N weight rows (at w, w + row_stride, ...) and M inputs.
-template <class T, int N, int M>
+// y[c * y_stride + r] for N weight rows (at w, w + row_stride, ...) and M inputs. A single row is
+// asked for `ahead` bytes ahead, into L2 or non-temporally.
+template <class T, int N, int M, bool kToL2>
 HFF_INLINE void dot_tile(const T* w, int64_t row_stride, int64_t cols, const Operand<T>* x,
                          int64_t x_stride, int64_t ahead, float* y, int64_t y_stride) {
   using S = Step<T>;
@@ -125,7 +126,9 @@ HFF_INLINE void dot_tile(const T* w, int64_t row_stride, int64_t cols, const Ope
       for (int r = 0; r < N; ++r) {
         const T* p = w + r * row_stride + at;
         if (u * S::kWidth * static_cast<int64_t>(sizeof(T)) % 64 == 0) {
-          if constexpr (N == 1) {
+          if constexpr (N == 1 && kToL2) {
+            prefetch_to_l2(reinterpret_cast<const char*>(p) + ahead);
+          } else if constexpr (N == 1) {
             prefetch(p, ahead);
           } else {
             prefetch_to_l2(p + kTilesAhead * N * row_stride);
@@ -153,25 +156,25 @@ HFF_INLINE void dot_tile(const T* w, int64_t row_stride, int64_t cols, const Ope
 }
 
 // N weight rows against all inputs, M at a time.
-template <class T, int N, int M>
+template <class T, int N, int M, bool kToL2>
 HFF_INLINE void dot_rows(const T* w, int64_t row_stride, int64_t cols, const Operand<T>* x,
                          int64_t x_stride, int64_t inputs, int64_t ahead, float* y,
                          int64_t y_stride) {
   int64_t c = 0;
   for (; c + M <= inputs; c += M) {
-    dot_tile<T, N, M>(w, row_stride, cols, x + c * x_stride, x_stride, ahead, y + c * y_stride,
-                      y_stride);
+    dot_tile<T, N, M, kToL2>(w, row_stride, cols, x + c * x_stride, x_stride, ahead,
+                             y + c * y_stride, y_stride);
   }
   for (int r = 0; r < N; ++r) {
     const T* row = w + r * row_stride;
     int64_t d = c;
     for (; d + 2 <= inputs; d += 2) {
-      dot_tile<T, 1, 2>(row, row_stride, cols, x + d * x_stride, x_stride, ahead,
-                        y + d * y_stride + r, y_stride);
+      dot_tile<T, 1, 2, kToL2>(row, row_stride, cols, x + d * x_stride, x_stride, ahead,
+                               y + d * y_stride + r, y_stride);
     }
     if (d < inputs)
-      dot_tile<T, 1, 1>(row, row_stride, cols, x + d * x_stride, x_stride, ahead,
-                        y + d * y_stride + r, y_stride);
+      dot_tile<T, 1, 1, kToL2>(row, row_stride, cols, x + d * x_stride, x_stride, ahead,
+                               y + d * y_stride + r, y_stride);
   }
 }
 
@@ -183,22 +186,27 @@ static void gemv(const hff_linear& linear, int64_t begin, int64_t end, const Ope
                  int64_t x_stride, int64_t inputs, float* y, int64_t y_stride) {
   const T* w = static_cast<const T*>(linear.weight.data);
   const int64_t stride = linear.row_stride, cols = linear.cols;
-  const int64_t ahead = prefetch_distance_of(kDtypeOf<T>, inputs).bytes();
+  const int32_t how = prefetch_choice_of(kDtypeOf<T>, inputs).now();
+  const int64_t ahead = how == HFF_PREFETCH_LINE ? 0 : kAhead;
   const bool four = kLanes == 16 && inputs > 1 &&
                     inputs * cols * static_cast<int64_t>(sizeof(Operand<T>)) > kNearBytes;
   int64_t i = begin;
   if (four) {
     for (; i + 4 <= end; i += 4)
-      dot_rows<T, 4, 2>(w + i * stride, stride, cols, x, x_stride, inputs, ahead, y + i - begin,
-                        y_stride);
+      dot_rows<T, 4, 2, false>(w + i * stride, stride, cols, x, x_stride, inputs, ahead,
+                               y + i - begin, y_stride);
   } else if (inputs > kTriedRows) {
     for (; i + 2 <= end; i += 2)
-      dot_rows<T, 2, kInputs>(w + i * stride, stride, cols, x, x_stride, inputs, ahead,
-                              y + i - begin, y_stride);
+      dot_rows<T, 2, kInputs, false>(w + i * stride, stride, cols, x, x_stride, inputs, ahead,
+                                     y + i - begin, y_stride);
   }
-  for (; i < end; ++i)
-    dot_rows<T, 1, kInputs>(w + i * stride, stride, cols, x, x_stride, inputs, ahead, y + i - begin,
-                            y_stride);
+  const auto in_order = [&](auto to_l2) {
+    for (; i < end; ++i)
+      dot_rows<T, 1, kInputs, to_l2.value>(w + i * stride, stride, cols, x, x_stride, inputs, ahead,
+                                           y + i - begin, y_stride);
+  };
+  if (how == HFF_PREFETCH_TO_L2 && inputs <= kTriedRows) return in_order(std::true_type{});
+  in_order(std::false_type{});
 }
 
 // Rows are taken in blocks of about 32 KB: small enough to balance threads to a microsecond, large

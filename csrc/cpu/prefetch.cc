@@ -6,15 +6,15 @@ namespace hff {
 namespace {
 
 constexpr int kDtypes = 3, kClasses = 2;
-PrefetchDistance g_distances[kDtypes * kClasses];
+PrefetchChoice g_choices[kDtypes * kClasses];
 
-// Trials of a kind go far, near, near, far on each thread: neighbours make a vote, and neither is
-// always first.
+// Trials of a kind go champion, rival, rival, champion on each thread: neighbours make a vote, and
+// neither is always first.
 struct Turn {
-  int step = 0;
+  int step = 0, stage = 0;
   double first = 0.0;  // seconds a byte of the pair's first call
 
-  bool far() const { return ((step + 1) & 2) == 0; }
+  bool rival() const { return ((step + 1) & 2) != 0; }
 };
 thread_local Turn t_turns[kDtypes * kClasses];
 
@@ -26,44 +26,58 @@ double seconds() {
 
 }  // namespace
 
-// A lead of six errs once in 50 where one distance wins two of three pairs; equals end at 64.
-void PrefetchDistance::vote(bool far) {
-  constexpr int kLead = 6, kVotes = 64;
-  const int lead = lead_.fetch_add(far ? 1 : -1) + (far ? 1 : -1);
-  if (votes_.fetch_add(1) + 1 < kVotes && lead > -kLead && lead < kLead) return;
-  int64_t open = -1;
-  kept_.compare_exchange_strong(open, lead < 0 ? 0 : kFarPrefetch);
+void PrefetchChoice::attempt(bool rivals_turn) {
+  const int32_t champion = champion_.load(std::memory_order_relaxed);
+  trial_.store(rivals_turn ? rival() : champion, std::memory_order_relaxed);
 }
 
-PrefetchDistance& prefetch_distance_of(int32_t dtype, int64_t rows) {
-  return g_distances[dtype * kClasses + (rows == 1 ? 0 : 1)];
+// A lead of six errs once in 50 where one wins two of three pairs; equals end at 64.
+void PrefetchChoice::vote(int voted, bool for_rival) {
+  constexpr int kLead = 6, kVotes = 64;
+  if (voted != stage()) return;
+  const int lead = lead_.fetch_add(for_rival ? 1 : -1) + (for_rival ? 1 : -1);
+  if (votes_.fetch_add(1) + 1 < kVotes && lead > -kLead && lead < kLead) return;
+  const int32_t champion = lead > 0 ? rival() : champion_.load();
+  if (!stage_.compare_exchange_strong(voted, voted + 1)) return;
+  champion_.store(champion);
+  lead_.store(0);
+  votes_.store(0);
+  if (voted == 1) kept_.store(champion);
+}
+
+PrefetchChoice& prefetch_choice_of(int32_t dtype, int64_t rows) {
+  return g_choices[dtype * kClasses + (rows == 1 ? 0 : 1)];
 }
 
 PrefetchTrial::PrefetchTrial(int32_t dtype, int64_t rows, double bytes)
-    : distance_(prefetch_distance_of(dtype, rows)),
+    : choice_(prefetch_choice_of(dtype, rows)),
       bytes_(bytes),
-      open_(distance_.kept() < 0 && rows <= kTriedRows && bytes >= kTrialBytes) {
+      open_(choice_.kept() < 0 && rows <= kTriedRows && bytes >= kTrialBytes) {
   if (!open_) return;
-  distance_.attempt(t_turns[&distance_ - g_distances].far() ? kFarPrefetch : 0);
+  choice_.attempt(t_turns[&choice_ - g_choices].rival());
   begin_ = seconds();
 }
 
 PrefetchTrial::~PrefetchTrial() {
   if (!open_) return;
   const double rate = (seconds() - begin_) / bytes_;
-  Turn& turn = t_turns[&distance_ - g_distances];
+  Turn& turn = t_turns[&choice_ - g_choices];
   if ((turn.step & 1) == 0) {
     turn.first = rate;
+    turn.stage = choice_.stage();
   } else {
-    distance_.vote((rate < turn.first) == turn.far());
+    const double rival = turn.rival() ? rate : turn.first;
+    const double champion = turn.rival() ? turn.first : rate;
+    const double margin = turn.stage == 0 ? 0.0 : kMarginOfL2;
+    choice_.vote(turn.stage, rival < (1.0 - margin) * champion);
   }
   ++turn.step;
 }
 
 }  // namespace hff
 
-extern "C" int64_t hff_prefetch_distance(int32_t dtype, int64_t rows) {
+extern "C" int32_t hff_prefetch(int32_t dtype, int64_t rows) {
   return dtype >= 0 && dtype < hff::kDtypes && rows >= 1 && rows <= hff::kTriedRows
-             ? hff::prefetch_distance_of(dtype, rows).kept()
+             ? hff::prefetch_choice_of(dtype, rows).kept()
              : -1;
 }

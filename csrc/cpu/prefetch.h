@@ -1,13 +1,16 @@
-// The prefetch distance of row kernels that walk weights in order, for up to kTriedRows rows of
-// inputs: how many bytes ahead of its loads one asks memory for weights. kFarPrefetch hides memory's
-// latency where the hardware looks less far; where it looks far enough, more requests get in its
-// way, and a prefetch of the very line, which only marks it as read once, is faster. No manual says
-// which: the first calls of a process that read more weights than caches hold try both in turn, and
-// the faster stays, for each dtype, for one row and for two.
-// Share of the read stream on a 2-core Zen 4 VM, (50304, 768) weights, kFarPrefetch | 0: one row
-// bf16 0.92 | 1.00, fp16 0.86 | 0.99, fp32 0.79 | 0.90; two rows bf16 0.76 | 0.97, fp16 0.51 | 0.47.
-// On Zen 5, where 1 KB ahead streams at 36 GB/s and 2 KB at 40 to 43, the far one is known to pay.
-// No bit depends on the distance.
+// How row kernels that walk weights in order ask memory for them, for up to kTriedRows rows of
+// inputs. HFF_PREFETCH_LINE: the very line, which only marks it as read once: the fastest where the
+// hardware looks far enough ahead by itself and more requests get in its way. HFF_PREFETCH_AHEAD:
+// kAhead bytes ahead of the loads, which hides memory's latency where the hardware looks less far.
+// HFF_PREFETCH_TO_L2: the same into L2, which more requests can wait for than L1 has fill buffers;
+// what it leaves there costs the caller, so it has to be faster by kMarginOfL2. No manual says which:
+// the first calls of a process that read more weights than caches hold try a pair in turn, then the
+// faster of it and the third, and what wins stays, for each dtype, for one row and for two.
+// Share of the read stream on a 2-core Zen 4 VM, (50304, 768) weights, ahead | line: one row bf16
+// 0.92 | 1.00, fp16 0.86 | 0.99, fp32 0.79 | 0.90; two rows bf16 0.76 | 0.97, fp16 0.51 | 0.47. On
+// Zen 5, where 1 KB ahead streams at 36 GB/s and 2 KB at 40 to 43, ahead is known to pay; on a
+// 2-core Sapphire Rapids VM to L2: twelve layers of Pythia-160m bf16 take 8.8 | 7.6 ms line | to L2.
+// No bit depends on it.
 #pragma once
 
 #include <atomic>
@@ -17,32 +20,38 @@
 
 namespace hff {
 
-constexpr int64_t kFarPrefetch = 2048;
+constexpr int64_t kAhead = 2048;
+constexpr double kMarginOfL2 = 0.05;
 // Weights of a call, in bytes, from which on it counts as a trial.
-constexpr double kTrialBytes = 32 << 20;
+constexpr double kTrialBytes = 24 << 20;
 constexpr int64_t kTriedRows = 2;
 
-// The distance for calls of one kind, and the votes on it.
-class PrefetchDistance {
+// The choice for calls of one kind, HFF_PREFETCH_*, and the votes on it: a champion and a rival in
+// each of two stages.
+class PrefetchChoice {
  public:
-  HFF_ALWAYS_INLINE int64_t kept() const { return kept_.load(std::memory_order_relaxed); }
-  // What a kernel uses now: the kept distance or, before, that of the trial.
-  HFF_ALWAYS_INLINE int64_t bytes() const {
+  HFF_ALWAYS_INLINE int32_t kept() const { return kept_.load(std::memory_order_relaxed); }
+  // What a kernel does now: the choice or, before, what the trial is of.
+  HFF_ALWAYS_INLINE int32_t now() const {
     return kept() >= 0 ? kept() : trial_.load(std::memory_order_relaxed);
   }
 
-  void attempt(int64_t bytes) { trial_.store(bytes, std::memory_order_relaxed); }
-  void vote(bool far);
+  int stage() const { return stage_.load(std::memory_order_relaxed); }
+  void attempt(bool rival);
+  // Counts a pair of trials of `stage`, which may be over.
+  void vote(int stage, bool for_rival);
 
  private:
-  std::atomic<int64_t> kept_{-1}, trial_{kFarPrefetch};
-  std::atomic<int> lead_{0}, votes_{0};  // lead: votes for kFarPrefetch less those against
+  int32_t rival() const { return stage() == 0 ? HFF_PREFETCH_LINE : HFF_PREFETCH_TO_L2; }
+
+  std::atomic<int32_t> kept_{-1}, trial_{HFF_PREFETCH_AHEAD}, champion_{HFF_PREFETCH_AHEAD};
+  std::atomic<int> stage_{0}, lead_{0}, votes_{0};  // lead: votes for the rival less those against
 };
 
 // Of calls of `rows` rows of dtype HFF_*.
-PrefetchDistance& prefetch_distance_of(int32_t dtype, int64_t rows);
+PrefetchChoice& prefetch_choice_of(int32_t dtype, int64_t rows);
 
-// Tries one distance for as long as it lives, where the choice is open and `bytes` are enough.
+// Tries one of two for as long as it lives, where the choice is open and `bytes` are enough.
 class PrefetchTrial {
  public:
   PrefetchTrial(int32_t dtype, int64_t rows, double bytes);
@@ -51,7 +60,7 @@ class PrefetchTrial {
   PrefetchTrial& operator=(const PrefetchTrial&) = delete;
 
  private:
-  PrefetchDistance& distance_;
+  PrefetchChoice& choice_;
   const double bytes_;
   const bool open_;
   double begin_ = 0.0;

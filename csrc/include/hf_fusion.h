@@ -17,7 +17,7 @@
 extern "C" {
 #endif
 
-#define HFF_ABI_VERSION 6
+#define HFF_ABI_VERSION 7
 #define HFF_MAX_HEAD_DIM 256
 #define HFF_SAMPLED_ROWS 8
 
@@ -335,10 +335,12 @@ HFF_API hff_status hff_use_openmp(void* parallel, void* thread_num, void* num_th
 /* Asks the kernel to back [data, data + bytes) by huge pages in place. Returns the bytes now so
  * backed, 0 if none. */
 HFF_API int64_t hff_huge_pages(const void* data, int64_t bytes);
-/* Bytes ahead of its loads at which row kernels ask memory for weights, in calls of `rows` rows, 1
- * or 2, of dtype HFF_*: what the first twelve to 128 hff_model_forward over 32 MB of weights or
- * more, on one thread, have found to be faster here. -1 before, or where the arguments name none. */
-HFF_API int64_t hff_prefetch_distance(int32_t dtype, int64_t rows);
+/* the very line, or one ahead, non-temporally; one ahead into L2 */
+enum { HFF_PREFETCH_LINE = 0, HFF_PREFETCH_AHEAD = 1, HFF_PREFETCH_TO_L2 = 2 };
+/* How row kernels ask memory for weights in calls of `rows` rows, 1 or 2, of dtype HFF_*: the
+ * HFF_PREFETCH_* that the first 24 to 256 hff_model_forward over 24 MB of weights or more, on one
+ * thread, have found to be the fastest here. -1 before, or where the arguments name none. */
+HFF_API int32_t hff_prefetch(int32_t dtype, int64_t rows);
 /* Seconds one pass over the buffer, in whole pieces of 256 KB, takes `threads` threads; the read
  * stream that decode is measured against. */
 HFF_API double hff_read_stream(const void* data, int64_t bytes, int32_t threads);
