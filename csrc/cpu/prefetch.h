@@ -21,7 +21,7 @@
 namespace hff {
 
 constexpr int64_t kAhead = 2048;
-constexpr double kMarginOfL2 = 0.05;
+constexpr double kMarginOfL2 = 0.03;
 // Weights of a call, in bytes, from which on it counts as a trial.
 constexpr double kTrialBytes = 24 << 20;
 constexpr int64_t kTriedRows = 2;
