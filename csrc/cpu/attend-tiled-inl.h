@@ -29,7 +29,7 @@ struct AttendTiles {
 
   void carve(Arena* arena, const hff_attend_io& io, int64_t block_queries, int64_t block_keys) {
     queries.stride = operand_stride<P, Input>(io.head_dim);
-    queries.data = arena->take<Input>(operand_rows(block_queries) * Size(queries.stride));
+    queries.data = arena->take<Input>(operand_rows<P>(block_queries) * Size(queries.stride));
     context_room = panels_of(io.head_dim) * kPanel;
     context = arena->take<float>(Size(block_queries) * Size(context_room));
     totals = arena->take<float>(block_queries);
@@ -107,7 +107,7 @@ struct TiledUnit {
     if constexpr (std::is_same<Input, float>::value) {
       weights = scores;
     } else {
-      weights = arena->take<Input>(operand_rows(blocks.queries) * Size(row_room));
+      weights = arena->take<Input>(operand_rows<P>(blocks.queries) * Size(row_room));
     }
   }
 

@@ -101,7 +101,7 @@ static hff_status linear_of_many(const hff_linear& linear, const hff_linear_io& 
   GemmLinearRun<T, P> run{linear, io, {}, nullptr, nullptr, copies, {}};
   const int64_t stride = operand_stride<P>(linear.cols);
   const bool had = with_scratch([&](Arena* a) {
-    run.x = {a->take<Stored>(copies ? operand_rows(io.rows) * Size(stride) : Size(0)), stride};
+    run.x = {a->take<Stored>(copies ? operand_rows<P>(io.rows) * Size(stride) : Size(0)), stride};
     if (!copies) run.x = {static_cast<Stored*>(const_cast<void*>(io.x.data)), linear.cols};
     run.panels = a->take<typename P::Element>(Size(io.threads) * Size(unit_room<P>(linear.cols)));
     run.counters = a->take<Counter>(io.threads);

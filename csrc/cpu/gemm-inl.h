@@ -27,14 +27,16 @@ HFF_INLINE int64_t operand_stride(int64_t cols) {
   const int64_t whole = (cols + kTileDepth - 1) / kTileDepth * kTileDepth;
   return P::kParts * whole + 64 / static_cast<int64_t>(sizeof(E));
 }
-// Rows of A with those that a tile reads past the last.
+template <class P>
+constexpr bool by_tiles() {
+  return tile_rows<P>() == kMaxTileRows;
+}
+// Rows of A with those that a tile of AMX reads past the last.
+template <class P>
 HFF_INLINE Size operand_rows(int64_t rows) {
-#if defined(HFF_TILES)
+  if constexpr (!by_tiles<P>()) return Size(rows);
   const Size sum = Size(rows) + Size(kMaxTileRows - 1);
   return sum.ok() ? Size(sum.value() / kMaxTileRows * kMaxTileRows) : sum;
-#else
-  return Size(rows);
-#endif
 }
 
 // Whether rows of `cols` T each are A as they lie, without a copy: of the stored type, whole steps
@@ -43,7 +45,7 @@ HFF_INLINE Size operand_rows(int64_t rows) {
 template <class T, class P>
 HFF_INLINE bool lie_as_operands(int64_t rows, int64_t cols) {
   return std::is_same<typename P::Stored, T>::value && P::kParts == 1 && P::padded(cols) == cols &&
-         operand_rows(rows).fits(rows) && cols * int64_t{sizeof(T)} % 4096 != 0;
+         operand_rows<P>(rows).fits(rows) && cols * int64_t{sizeof(T)} % 4096 != 0;
 }
 
 // Zeros behind the cols values of a row.
@@ -125,10 +127,6 @@ constexpr int64_t group_bytes() {
 // The same where AMX multiplies packed panels and A is larger than a part of L2: A comes from L3 for
 // every group, and tiles would wait for it. 0.75 of the time of 2048^3 on Sapphire Rapids.
 constexpr int64_t kFarGroupBytes = 640 * 1024, kNearBytesOfA = 512 * 1024;
-template <class P>
-constexpr bool by_tiles() {
-  return tile_rows<P>() == kMaxTileRows;
-}
 
 // ---- units --------------------------------------------------------------------------------------
 

@@ -86,7 +86,7 @@ struct GemmScratch {
     const Size rows = Size(row_count), threads = call.threads;
     constexpr int64_t kStored = static_cast<int64_t>(sizeof(typename P::Stored));
     const auto bytes_of = [&](int64_t stride) {
-      return operand_rows(row_count) * Size(stride) * Size(kStored);
+      return operand_rows<P>(row_count) * Size(stride) * Size(kStored);
     };
     const auto take = [&](int64_t width, bool wanted) {
       const int64_t stride = operand_stride<P>(width);
