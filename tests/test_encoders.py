@@ -147,7 +147,7 @@ def exact_of(pair, case):
 @pytest.mark.parametrize("packed", (False, True))
 @pytest.mark.parametrize("family", ENCODERS)
 def test_the_precision_of_fp32_products_is_torch_s(family, packed, precision, trials):
-    """highest and high: fp32's error; medium: bf16's at most; and back, with the same bits."""
+    """highest: fp32's error; high: 2^-14; medium: bf16's at most; and back, with the same bits."""
     pair, case = encoder_twin(family, "head64"), Case("right", 3, 33, 11)
     precision("highest")
     call, truth, theirs = exact_of(pair, case)
@@ -163,7 +163,7 @@ def test_the_precision_of_fp32_products_is_torch_s(family, packed, precision, tr
                 assert ours <= 2 * theirs + 2e-7, f"{ours:.1e}, stock {theirs:.1e}"
                 first = hidden if first is None else first
                 assert torch.equal(hidden, first), "another precision has left something behind"
-            cap = RELATIVE_L2[torch.bfloat16] * pair.stages**0.5
+            cap = 2.0**-14 if name == "high" else RELATIVE_L2[torch.bfloat16] * pair.stages**0.5
             assert ours <= cap, f"{name}: {ours:.1e}"
             trials()
 

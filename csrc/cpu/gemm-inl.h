@@ -73,12 +73,12 @@ HFF_INLINE void store_input(F v, E* row, int64_t k, int64_t n) {
     store_input_n(value, row + k, n);
   } else {
     for (int64_t part = 0; part < P::kParts; ++part) {
-      const F v = part_of(value, part);
+      const F its = part_of(value, part);
       const int64_t room = kTileDepth - k % kTileDepth;  // heads of any size lie side by side
-      store_input_n(v, row + part_index<P>(k, part), n < room ? n : room);
+      store_input_n(its, row + part_index<P>(k, part), n < room ? n : room);
       if (n <= room) continue;
       float lanes[2 * kLanes];
-      store(v, lanes);
+      store(its, lanes);
       store_input_n(load(lanes + room), row + part_index<P>(k + room, part), n - room);
     }
   }
