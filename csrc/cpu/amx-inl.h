@@ -141,8 +141,8 @@ HFF_INLINE void add_dots() {
 
 // c[32][kPanel] = a (32 rows, or 16) times one panel; calls beside(k) with the loads of each step.
 template <class P, bool kTwo, class Beside>
-HFF_INLINE void multiply_tiles(const bf16* a, int64_t stride, const bf16* panel, int64_t cols,
-                               float* c, Beside beside) {
+static void multiply_tiles(const bf16* a, int64_t stride, const bf16* panel, int64_t cols, float* c,
+                           Beside beside) {
   asm volatile("" : : : "memory");  // GCC's tile loads do not say what they read
   tile_zero<0>();
   tile_zero<1>();
