@@ -50,11 +50,11 @@ hff_model model_of(const hff_block& block) {
 }
 
 constexpr uint64_t kStructSizes[] = {
-    sizeof(hff_input),     sizeof(hff_output),     sizeof(hff_linear), sizeof(hff_norm),
-    sizeof(hff_heads),     sizeof(hff_block),      sizeof(hff_cache),  sizeof(hff_mask),
-    sizeof(hff_call),      sizeof(hff_block_io),   sizeof(hff_model),  sizeof(hff_model_io),
-    sizeof(hff_linear_io), sizeof(hff_norm_io),    sizeof(hff_device), sizeof(hff_strides),
-    sizeof(hff_attend_io), sizeof(hff_attend_plan)};
+    sizeof(hff_input),    sizeof(hff_output),    sizeof(hff_linear),     sizeof(hff_norm),
+    sizeof(hff_heads),    sizeof(hff_block),     sizeof(hff_cache),      sizeof(hff_mask),
+    sizeof(hff_call),     sizeof(hff_block_io),  sizeof(hff_model),      sizeof(hff_sampling),
+    sizeof(hff_model_io), sizeof(hff_linear_io), sizeof(hff_norm_io),    sizeof(hff_device),
+    sizeof(hff_strides),  sizeof(hff_attend_io), sizeof(hff_attend_plan)};
 
 }  // namespace
 }  // namespace hff

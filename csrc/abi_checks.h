@@ -228,11 +228,31 @@ inline hff_status check_steps(const hff_model_io& io, const hff_call& call, cons
   return HFF_OK;
 }
 
+// How `tokens` are drawn.
+inline hff_status check_sampling(const hff_sampling& s, Size tokens) {
+  HFF_REQUIRE(s.struct_size == sizeof(hff_sampling),
+              "hff_sampling has another size for the caller");
+  HFF_REQUIRE(std::isnormal(s.temperature) && s.temperature > 0.0f,
+              "temperature is %g, expected a normal number above 0", static_cast<double>(s.temperature));
+  HFF_REQUIRE(s.top_p >= 0.0 && s.top_p <= 1.0, "top_p is %g, expected 0 to 1", s.top_p);
+  HFF_REQUIRE(s.top_k >= 0, "top_k is %lld", shown(s.top_k));
+  HFF_TRY(check_buffer(s.uniforms, tokens, 8, "uniforms"));
+  const double* uniforms = static_cast<const double*>(s.uniforms.data);
+  for (int64_t i = 0; i < tokens.value(); ++i)
+    HFF_REQUIRE(uniforms[i] >= 0.0 && uniforms[i] < 1.0, "uniforms hold %g, expected 0 to below 1",
+                uniforms[i]);
+  return HFF_OK;
+}
+
 inline hff_status check_next(const hff_model_io& io, const hff_call& call, const hff_model& m) {
   if (io.next.data == nullptr) return HFF_OK;
   HFF_REQUIRE(m.head.weight.data != nullptr, "next is asked for, but the model has no head");
   HFF_REQUIRE(!on_host(call) || io.logits.data != nullptr, "next is asked for without logits");
-  return check_buffer(io.next, Size(call.batch) * Size(steps_of(io)), 8, "next");
+  const Size tokens = Size(call.batch) * Size(steps_of(io));
+  HFF_TRY(check_buffer(io.next, tokens, 8, "next"));
+  if (io.sampling == nullptr) return HFF_OK;
+  if (!on_host(call)) return fail(HFF_UNSUPPORTED, "next is to be drawn on a device");
+  return check_sampling(*io.sampling, tokens);
 }
 
 inline hff_status check_model_io(const hff_model_io& io, const hff_call& call, const hff_model& m) {

@@ -33,6 +33,7 @@ from .outputs import builder
 from .reference import finish_attention, finish_up
 from .registry import Family
 from .report import FusionError, Reason, Stats, renew_in_child
+from .sampling import Sampler
 from .watch import is_overheard
 
 KEY = "_hf_fusion"  # attribute of a patched module that holds its Handle
@@ -212,13 +213,20 @@ def _run_model(handle: Handle, module: nn.Module, call: dict[str, Any]) -> Any:
     return _base_output(hidden, cache) if logits is None else _causal_lm_output(logits, cache)
 
 
-def greedy_steps(module: nn.Module, steps: int, call: dict[str, Any]) -> torch.Tensor | None:
+def native_steps(
+    module: nn.Module,
+    steps: int,
+    call: dict[str, Any],
+    sampler: Sampler,
+    uniforms: torch.Tensor | None,
+) -> torch.Tensor | None:
     """Tokens (B, steps) of as many calls of a causal LM in one call of its back end: each reads the
-    token of the largest logit of the one before, at positions one further.
+    token that `sampler` takes of the logits of the one before, at positions one further.
 
     `call`: the arguments of the first, with input_ids (B, 1), a cache, and a mask of the keys of
-    all. None where that cannot be: a model that is not patched as a whole, whose calls something
-    else sees, or whose back end has no such call or would refuse the first.
+    all. `uniforms`: (B, steps) fp64, contiguous, where tokens are drawn. None where that cannot be:
+    a model that is not patched as a whole, whose calls something else sees, or whose back end has
+    no such call or would refuse one of them.
     """
     handle, forward = vars(module).get(KEY), vars(module).get("forward")
     if type(handle) is not Handle or handle.level != CAUSAL_LM or _is_compiling():
@@ -228,14 +236,13 @@ def greedy_steps(module: nn.Module, steps: int, call: dict[str, Any]) -> torch.T
         return None
     try:
         binding = _bound(handle, module)
-        greedy = getattr(binding.backend, "greedy", None)
-        if greedy is None:
+        run = getattr(binding.backend, "steps", None)
+        if run is None:
             return None
         read = read_model_call(binding, call, vars(module.config))
         _reserve(binding, read.slots, read.rows, steps)
-        tokens = greedy(
-            binding.native, read.ids, read.slots, read.mask, read.positions, binding.rope, steps
-        )
+        where = read.ids, read.slots, read.mask, read.positions, binding.rope
+        tokens = run(binding.native, *where, steps, sampler, uniforms)
     except FusionError:
         return None
     _count(handle.state, _level_of(read.rows), steps)

@@ -10,6 +10,7 @@ import torch
 
 from . import native
 from .rope import RopeRows
+from .sampling import Sampler
 
 
 class Frame(threading.local):
@@ -26,6 +27,7 @@ class Frame(threading.local):
         self.cos, self.sin, self.workspace = call.cos, call.sin, call.workspace
         self.ids, self.x = self.io.ids, self.io.x
         self.logits, self.hidden, self.next = self.io.logits, self.io.hidden, self.io.next
+        self.sampling = native.sized(native.Sampling)
         self.call_ref, self.io_ref = ctypes.byref(self.call), ctypes.byref(self.io)
         self.block_io_ref = ctypes.byref(self.block_io)
         self.rows: Any = None  # the RopeRows whose addresses are set
@@ -72,7 +74,15 @@ class Frame(threading.local):
         for buffer, tensor in buffers:
             there = tensor is not None
             buffer.data, buffer.bytes = (tensor.data_ptr(), tensor.nbytes) if there else (None, 0)
-        self.io.steps = tokens.shape[1] if tokens is not None else 0
+        self.io.steps, self.io.sampling = tokens.shape[1] if tokens is not None else 0, None
+
+    def set_sampling(self, sampler: Sampler, uniforms: torch.Tensor) -> None:
+        """How the tokens of the next call are drawn: (B, steps) uniforms of fp64, contiguous."""
+        sampling = self.sampling
+        sampling.uniforms.data, sampling.uniforms.bytes = uniforms.data_ptr(), uniforms.nbytes
+        sampling.temperature, sampling.top_p = sampler.temperature, sampler.top_p
+        sampling.top_k = sampler.top_k or 0
+        self.io.sampling = ctypes.addressof(sampling)
 
     def set_block_out(
         self, stage: str, x: torch.Tensor, out: torch.Tensor, up: torch.Tensor | None

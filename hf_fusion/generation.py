@@ -1,9 +1,9 @@
 """Greedy decoding and sampling with Python off the critical path.
 
-Ids, finished flags and random draws stay where the model is; the host looks at the end-of-sequence
-flags every `check_every` tokens only. On CUDA, once two steps have run fused, one step with its
-sampling is recorded as a graph and replayed for the rest; on the CPU one native call decodes
-several greedy tokens. No Python runs between tokens then.
+Ids, finished flags and random numbers stay where the model is; the host looks at the
+end-of-sequence flags every `check_every` tokens only. On CUDA, once two steps have run fused, one
+step with its sampling is recorded as a graph and replayed for the rest; on the CPU one native call
+decodes several tokens. No Python runs between tokens then.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ import torch
 from torch import nn
 from transformers import StaticCache
 
-from .forwards import greedy_steps
+from .forwards import native_steps
 from .patching import stats
 from .report import FusionError, Reason
+from .sampling import Sampler, positive, refuse
 
 _WARM_STEPS = 2  # run before a graph is recorded: they bind the model, and show that it runs fused
 _LEAST_REPLAYS = 8  # recording takes as long as some steps
@@ -37,65 +38,24 @@ _NEUTRAL = {
 _SAMPLED_NEUTRAL = {"min_p": None, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0}
 
 
-def _refuse(name: str, value: Any, expected: str) -> None:
-    raise FusionError(Reason.ARGUMENT, f"{name} is {value!r}, expected {expected}")
-
-
-def _count(name: str, value: Any) -> int:
-    if type(value) is not int or value < 1:
-        _refuse(name, value, "a positive integer")
-    return value
-
-
-class Sampler:
-    """Next tokens (B) from logits (B, vocab), as generate() warps and draws: temperature, then the
-    `top_k` largest, then the fewest that hold `top_p` of the probability.
-
-    Raises FusionError for a value that generate() would not take either.
-    """
-
-    def __init__(self, do_sample: bool, temperature, top_k, top_p, generator=None):
-        if do_sample not in (True, False):
-            _refuse("do_sample", do_sample, "True or False")
-        if not isinstance(temperature, (int, float)) or not temperature > 0:
-            _refuse("temperature", temperature, "a number above 0")
-        if top_k is not None:
-            _count("top_k", top_k)
-        if top_p is not None and not (isinstance(top_p, (int, float)) and 0 <= top_p <= 1):
-            _refuse("top_p", top_p, "a number from 0 to 1")
-        self.do_sample, self.temperature = do_sample, temperature
-        self.top_k, self.top_p, self.generator = top_k, top_p, generator
-
-    def scores(self, logits: torch.Tensor) -> torch.Tensor:
-        """(B, vocab) fp32, -inf where a token is out of the question."""
-        scores = logits.float() / self.temperature
-        if self.top_k is not None:
-            least = scores.topk(min(self.top_k, scores.shape[-1])).values[:, -1:]
-            scores = scores.masked_fill(scores < least, -torch.inf)
-        if self.top_p is not None and self.top_p < 1:
-            ranked, order = scores.sort(dim=-1, descending=True)
-            weights = ranked.softmax(-1)
-            drop = weights.cumsum(-1) - weights >= self.top_p
-            drop[:, 0] = False
-            scores = scores.masked_fill(drop.scatter(1, order, drop), -torch.inf)
-        return scores
-
-    def __call__(self, logits: torch.Tensor) -> torch.Tensor:
-        if not self.do_sample:
-            # on the CPU argmax of 16-bit numbers takes four times as long, 0.18 ms of 50,304
-            return logits.argmax(-1) if logits.is_cuda else logits.max(-1).indices
-        # the largest of p / e, e exponential, is token i with probability p_i
-        noise = torch.empty_like(logits, dtype=torch.float32)
-        weights = self.scores(logits).softmax(-1)
-        return (weights / noise.exponential_(generator=self.generator)).argmax(-1)
-
-
 class _Loop:
     """The state of a generation: everything that a step reads or moves on is a tensor."""
 
-    def __init__(self, model, ids, mask, steps: int, sampler: Sampler, eos: list[int], pad: int):
+    def __init__(
+        self,
+        model: nn.Module,
+        ids: torch.Tensor,
+        mask: torch.Tensor,
+        steps: int,
+        sampler: Sampler,
+        generator: torch.Generator | None,
+        eos: list[int],
+        pad: int,
+        streamer: Any,
+    ):
         (batch, prompt), device = ids.shape, ids.device
-        self.model, self.sampler = model, sampler
+        self.model, self.sampler, self.prompt = model, sampler, prompt
+        self.uniforms = sampler.uniforms(batch, steps, device, generator)
         self.tokens = torch.full((batch, prompt + steps), pad, dtype=torch.int64, device=device)
         self.tokens[:, :prompt] = ids
         # what is not there yet, causality hides
@@ -106,7 +66,8 @@ class _Loop:
         self.ids, self.pad = ids.clone(), pad  # a step writes to them
         self.eos = torch.tensor(eos, device=device, dtype=torch.int64)
         self.finished = torch.zeros(batch, dtype=torch.bool, device=device)
-        self.native = 0 if sampler.do_sample else 1  # steps that the next native call may take
+        self.native = 1  # steps that the next native call may take
+        self.streamer, self.streamed = streamer, 0  # columns that it has
         self.cache = StaticCache(config=model.config, max_cache_len=prompt + steps)
 
     def _call(self) -> dict[str, Any]:
@@ -122,8 +83,10 @@ class _Loop:
 
     def step(self) -> None:
         """One forward of `ids`, and the token after it."""
-        logits = self.model(**self._call()).logits[:, -1]
-        token = self.sampler(logits).masked_fill(self.finished, self.pad)
+        logits, uniforms = self.model(**self._call()).logits[:, -1], None
+        if self.uniforms is not None:
+            uniforms = self.uniforms.index_select(1, self.column - self.prompt)[:, 0]
+        token = self.sampler(logits, uniforms).masked_fill(self.finished, self.pad)
         self.tokens.index_copy_(1, self.column, token[:, None])
         self.column.add_(1)
         if self.ids.shape[1] > 1:  # the prompt
@@ -135,11 +98,16 @@ class _Loop:
             self.finished.logical_or_(torch.isin(token, self.eos))
 
     def _native_steps(self, most: int) -> int:
-        """Up to `most` greedy tokens in one native call of about _LONGEST_CALL; how many, 0 where
-        the model does not run so.
+        """Up to `most` tokens in one native call of about _LONGEST_CALL; how many, 0 where the
+        model does not run so.
         """
         count, began = min(most, self.native), time.perf_counter()
-        tokens = greedy_steps(self.model, count, self._call()) if count else None
+        if not count:
+            return 0
+        column, uniforms = int(self.column), None
+        if self.uniforms is not None:
+            uniforms = self.uniforms[:, column - self.prompt :][:, :count].contiguous()
+        tokens = native_steps(self.model, count, self._call(), self.sampler, uniforms)
         if tokens is None:
             self.native = 0
             return 0
@@ -151,7 +119,6 @@ class _Loop:
             ended = (ends.cumsum(1) - ends.long() > 0) | self.finished[:, None]
             tokens.masked_fill_(ended, self.pad)
             self.finished.logical_or_(ends.any(1))
-        column = int(self.column)
         self.tokens[:, column : column + count] = tokens
         self.column.add_(count)
         return count
@@ -159,16 +126,19 @@ class _Loop:
     def record(self) -> Any:
         """A graph of one step; nothing runs."""
         graph = torch.cuda.CUDAGraph()
-        if self.sampler.generator is not None:
-            graph.register_generator_state(self.sampler.generator)
         with torch.cuda.graph(graph):
             self.step()
         return graph
 
     def run(self, steps: int, check_every: int) -> None:
         """Up to `steps` tokens; ends where every row has finished, or up to `check_every` later."""
-        if self.ids.is_cuda:
-            return self._run_recorded(steps, check_every)
+        self._stream(0)
+        (self._run_recorded if self.ids.is_cuda else self._run_native)(steps, check_every)
+        self._stream(steps)
+        if self.streamer is not None:
+            self.streamer.end()
+
+    def _run_native(self, steps: int, check_every: int) -> None:
         done = 0
         while done < steps and not self._over(done, check_every):
             most = check_every - done % check_every if self.eos.numel() else steps
@@ -176,6 +146,7 @@ class _Loop:
             if count == 0:
                 self.step()
             done += count or 1
+            self._stream(done)
 
     def _over(self, done: int, check_every: int) -> bool:
         return bool(self.eos.numel() and done % check_every == 0 and self.finished.all())
@@ -183,6 +154,8 @@ class _Loop:
     def _run_recorded(self, steps: int, check_every: int) -> None:
         step, recorded, fused = self.step, False, False
         for done in range(steps):
+            if done % check_every == 0:
+                self._stream(done)
             if self._over(done, check_every):
                 return
             if recorded:
@@ -195,13 +168,25 @@ class _Loop:
             step()
             fused = stats(self.model).calls["step"] > counted
 
-    def length(self, prompt: int) -> int:
+    def length(self) -> int:
         """Columns of `tokens` up to the end of the row that finishes last."""
         if not self.eos.numel():
             return self.tokens.shape[1]
-        ends = torch.isin(self.tokens[:, prompt:], self.eos)
+        ends = torch.isin(self.tokens[:, self.prompt :], self.eos)
         first = ends.int().argmax(1) + 1
-        return prompt + int(first.where(ends.any(1), ends.shape[1]).max())
+        return self.prompt + int(first.where(ends.any(1), ends.shape[1]).max())
+
+    def _stream(self, done: int) -> None:
+        """Hands the streamer what it lacks of the prompt and of `done` tokens after it."""
+        if self.streamer is None:
+            return
+        if not self.streamed:
+            self.streamer.put(self.tokens[:, : self.prompt].cpu())
+            self.streamed = self.prompt
+        last = min(self.prompt + done, self.length())
+        for token in self.tokens[:, self.streamed : last].t().cpu():
+            self.streamer.put(token.clone())
+        self.streamed = max(self.streamed, last)
 
 
 def _special(model: nn.Module, eos: Any, pad: Any) -> tuple[list[int], int | None]:
@@ -210,10 +195,10 @@ def _special(model: nn.Module, eos: Any, pad: Any) -> tuple[list[int], int | Non
     eos = config.eos_token_id if eos is None else eos
     eos = [] if eos is None else list(eos) if isinstance(eos, Iterable) else [eos]
     if not all(type(token) is int and token >= 0 for token in eos):
-        _refuse("eos_token_id", eos, "ids of at least 0")
+        refuse("eos_token_id", eos, "ids of at least 0")
     pad = config.pad_token_id if pad is None else pad
     if pad is not None and (type(pad) is not int or pad < 0):
-        _refuse("pad_token_id", pad, "an id of at least 0")
+        refuse("pad_token_id", pad, "an id of at least 0")
     return eos, eos[0] if pad is None and eos else pad
 
 
@@ -226,7 +211,7 @@ def _check_model(model: Any, do_sample: bool) -> None:
     for name, neutral in (_NEUTRAL | (_SAMPLED_NEUTRAL if do_sample else {})).items():
         value = getattr(config, name, None)
         if value not in (None, neutral):
-            _refuse(f"generation_config.{name}", value, f"{neutral!r}: this loop applies no other")
+            refuse(f"generation_config.{name}", value, f"{neutral!r}: this loop applies no other")
 
 
 def _check_mask(mask: Any, ids: torch.Tensor, eos: list[int], pad: int | None) -> torch.Tensor:
@@ -256,6 +241,7 @@ def generate(
     pad_token_id: int | None = None,
     check_every: int = 16,
     generator: torch.Generator | None = None,
+    streamer: Any = None,
 ) -> torch.Tensor:
     """Tokens (B, prompt and up to max_new_tokens), int64, as model.generate() gives them.
 
@@ -266,14 +252,15 @@ def generate(
 
     Greedy tokens are those of model.generate(do_sample=False) for the same forward. Sampling draws
     from the same distribution by other random numbers; top_k and top_p default to all tokens, and
-    `generator` must be on the model's device. The model may be patched or not. A replayed graph
-    counts as one call in stats(model).
+    `generator` must be on the model's device. `streamer` is given the prompt and each token as
+    generate() gives them, those of one native call, or of `check_every` steps of a device, at once.
+    The model may be patched or not. A replayed graph counts as one call in stats(model).
 
-    Raises FusionError for a value that is no such thing, and where model.generation_config asks for
-    what this loop does not do.
+    Raises FusionError for a value that is no such thing, where model.generation_config asks for what
+    this loop does not do, and on the CPU where logits are no distribution to draw from.
     """
-    steps, every = _count("max_new_tokens", max_new_tokens), _count("check_every", check_every)
-    sampler = Sampler(do_sample, temperature, top_k, top_p, generator)
+    steps, every = positive("max_new_tokens", max_new_tokens), positive("check_every", check_every)
+    sampler = Sampler(do_sample, temperature, top_k, top_p)
     _check_model(model, do_sample)
     if type(input_ids) is not torch.Tensor or input_ids.dim() != 2 or not input_ids.numel():
         shape = tuple(getattr(input_ids, "shape", ()))
@@ -283,6 +270,9 @@ def generate(
     ids = input_ids.long()
     eos, pad = _special(model, eos_token_id, pad_token_id)
     mask = _check_mask(attention_mask, ids, eos, pad)
-    loop = _Loop(model, ids, mask, steps, sampler, eos, 0 if pad is None else pad)
+    if streamer is not None and not (hasattr(streamer, "put") and hasattr(streamer, "end")):
+        refuse("streamer", streamer, "None or an object with put and end")
+    pad = 0 if pad is None else pad
+    loop = _Loop(model, ids, mask, steps, sampler, generator, eos, pad, streamer)
     loop.run(steps, every)
-    return loop.tokens[:, : loop.length(ids.shape[1])].clone()
+    return loop.tokens[:, : loop.length()].clone()

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import ctypes
-from ctypes import POINTER, c_char, c_float, c_int32, c_int64, c_uint64, c_void_p
+from ctypes import POINTER, c_char, c_double, c_float, c_int32, c_int64, c_uint64, c_void_p
 
-ABI_VERSION = 7
+ABI_VERSION = 8
 MAX_HEAD_DIM = 256
 SAMPLED_ROWS = 8
 
@@ -167,6 +167,19 @@ class Model(ctypes.Structure):
     ]
 
 
+class Sampling(ctypes.Structure):
+    """hff_sampling."""
+
+    _fields_ = [
+        ("struct_size", c_uint64),
+        ("uniforms", Buffer),
+        ("top_p", c_double),
+        ("top_k", c_int64),
+        ("temperature", c_float),
+        ("reserved", c_int32),
+    ]
+
+
 class ModelIo(ctypes.Structure):
     """hff_model_io."""
 
@@ -179,6 +192,7 @@ class ModelIo(ctypes.Structure):
         ("logits", Buffer),
         ("hidden", Buffer),
         ("next", Buffer),
+        ("sampling", c_void_p),
         ("keep", c_int64),
         ("steps", c_int64),
     ]
@@ -283,8 +297,8 @@ class AttendPlan(ctypes.Structure):
 
 
 STRUCTS = (
-    Buffer, Buffer, Linear, Norm, Heads, Block, Cache, Mask, Call, BlockIo, Model, ModelIo, LinearIo, NormIo, Device,
-    Strides, AttendIo, AttendPlan,
+    Buffer, Buffer, Linear, Norm, Heads, Block, Cache, Mask, Call, BlockIo, Model, Sampling, ModelIo, LinearIo, NormIo,
+    Device, Strides, AttendIo, AttendPlan,
 )  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from .frame import Frame
 from .packing import packed_size
 from .report import FusionError, Reason
 from .rope import rope_of_call
+from .sampling import Sampler
 from .spec import BlockSpec, BlockTensors, tensor_shapes
 from .structs import DTYPES, NativeBlock, NativeModel, caches_of, set_mask
 
@@ -123,11 +124,13 @@ class CpuBackend:
         )
         return hidden, logits
 
-    def greedy(self, model: NativeModel, ids, slots, mask, positions, rope, steps: int) -> torch.Tensor:
-        """Tokens (B, steps) that follow ids (B, 1), each that of the largest logit; for a model with a head.
+    def steps(
+        self, model: NativeModel, ids, slots, mask, positions, rope, steps: int, sampler: Sampler, uniforms=None
+    ) -> torch.Tensor:
+        """Tokens (B, steps) that follow ids (B, 1), each as `sampler` takes it; for a model with a head.
 
         As `steps` calls of `decode`: a step reads the token of the one before, at positions one further. The mask
-        covers the keys of all steps.
+        covers the keys of all steps. `uniforms`: (B, steps) fp64, contiguous, where tokens are drawn.
         """
         batch, frame = ids.shape[0], self._frame
         caches = caches_of(slots, batch, 1, model.blocks)
@@ -139,6 +142,8 @@ class CpuBackend:
         logits = torch.empty((batch, 1, model.head_rows), dtype=model.dtype)
         tokens = torch.empty((batch, steps), dtype=torch.int64)
         frame.set_model_out(logits, None, tokens)
+        if sampler.do_sample:
+            frame.set_sampling(sampler, uniforms)
         last = table, None if first is None else first + (steps - 1), None
         self._run(self._library.hff_model_forward, last, frame.call_ref, model.reference, caches, frame.io_ref)
         del alive

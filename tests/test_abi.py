@@ -25,6 +25,7 @@ SCALARS = {
     "int32_t": ctypes.c_int32,
     "uint64_t": ctypes.c_uint64,
     "float": ctypes.c_float,
+    "double": ctypes.c_double,
 }
 
 

@@ -1,9 +1,11 @@
-"""hf_fusion.generate gives model.generate's greedy tokens, its distribution, and its errors."""
+"""hf_fusion.generate gives model.generate's greedy tokens, what it streams, and its errors."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
+import threading
 
 import pytest
 import torch
@@ -11,17 +13,12 @@ from conftest import available_isas
 from devices import Emulated
 from pairs import tokens
 from test_cuda import SIZES
-from transformers import (
-    BertForSequenceClassification,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers import BertForSequenceClassification, TextIteratorStreamer
 from twins import ENCODERS, build
 
 import hf_fusion
 from hf_fusion import FusionError, generation, native
-from hf_fusion.generation import Sampler
+from hf_fusion.harness import load_model
 from hf_fusion.report import Reason
 from hf_fusion.step import CpuBackend
 
@@ -123,23 +120,23 @@ def test_greedy_on_a_device(native_build, monkeypatch, batch, padded, trials):
 
 @pytest.fixture
 def native_calls(monkeypatch) -> list[int]:
-    """Steps of every native call of greedy decoding; a slow machine makes them no shorter."""
+    """Steps of every native call; a slow machine makes them no shorter."""
     monkeypatch.setattr(generation, "_LONGEST_CALL", 1e3)
     counts: list[int] = []
-    original = CpuBackend.greedy
+    original = CpuBackend.steps
 
-    def noting(self, model, ids, slots, mask, positions, rope, steps):
+    def noting(self, model, ids, slots, mask, positions, rope, steps, *sampling):
         counts.append(steps)
-        return original(self, model, ids, slots, mask, positions, rope, steps)
+        return original(self, model, ids, slots, mask, positions, rope, steps, *sampling)
 
-    monkeypatch.setattr(CpuBackend, "greedy", noting)
+    monkeypatch.setattr(CpuBackend, "steps", noting)
     return counts
 
 
 def one_by_one(model, inputs, monkeypatch, **options) -> torch.Tensor:
     """hf_fusion.generate with a call of the model for every token."""
     with monkeypatch.context() as patch:
-        patch.setattr(generation, "greedy_steps", lambda *arguments: None)
+        patch.setattr(generation, "native_steps", lambda *arguments: None)
         return hf_fusion.generate(model, **inputs, **options)
 
 
@@ -303,49 +300,60 @@ def test_the_largest_logit_is_the_one_that_torch_finds(
     assert native_calls
 
 
-@pytest.mark.parametrize("temperature", (0.5, 1.0, 1.7))
-@pytest.mark.parametrize("top_k", (None, 1, 5, 10**6))
-@pytest.mark.parametrize("top_p", (None, 0.0, 0.3, 0.9, 1.0))
-def test_scores_are_warped_as_generate_does(temperature, top_k, top_p, trials):
-    logits = torch.randn(5, 40, generator=torch.Generator().manual_seed(4)) * 3
-    want = TemperatureLogitsWarper(temperature)(None, logits)
-    if top_k is not None:
-        want = TopKLogitsWarper(top_k)(None, want)
-    if top_p is not None:
-        want = TopPLogitsWarper(top_p)(None, want)
-    got = Sampler(True, temperature, top_k, top_p).scores(logits)
-    assert torch.equal(got.isfinite(), want.isfinite())
-    torch.testing.assert_close(got, want)
-    trials()
+class Streamer:
+    """Keeps what it is given."""
+
+    def __init__(self):
+        self.given, self.ended = [], 0
+
+    def put(self, value):
+        assert not self.ended and value.device.type == "cpu"
+        self.given.append(value.tolist())
+
+    def end(self):
+        self.ended += 1
 
 
-def test_draws_follow_the_probabilities():
-    """Pearson's statistic of 40,000 draws over 8 tokens, below its 99.99 % quantile."""
-    logits = torch.tensor([[0.0, 1.0, 2.0, -1.0, 0.5, -torch.inf, 1.5, 0.2, -2.0]])
-    generator = torch.Generator().manual_seed(5)
-    draws = Sampler(True, 0.8, None, None, generator)(logits.expand(40000, -1))
-    seen = draws.bincount(minlength=9).double()
-    expected = (logits[0] / 0.8).softmax(-1).double() * 40000
-    assert seen[5] == 0
-    live = expected > 0
-    assert float(((seen - expected)[live] ** 2 / expected[live]).sum()) < 29.9
+@pytest.mark.parametrize("fusion", (None, "attention", "full"))
+@pytest.mark.parametrize("batch", (1, 3))
+def test_a_streamer_is_given_what_generate_gives(fusion, batch, trials):
+    model, inputs = model_of(), prompt(batch, 6, 12, batch > 1)
+    plain = model.generate(**inputs, max_new_tokens=NEW, do_sample=False, pad_token_id=0)
+    for eos in (None, plain[:, 6].tolist(), plain[:, 17].tolist(), plain[0, 25].item()):
+        options = {"max_new_tokens": NEW, "eos_token_id": eos, "pad_token_id": 0}
+        want, got = Streamer(), Streamer()
+        model.generate(**inputs, **options, do_sample=False, streamer=want)
+        with hf_fusion.patched(model, fusion) if fusion else contextlib.nullcontext():
+            hf_fusion.generate(model, **inputs, **options, streamer=got, check_every=5)
+        assert got.given == want.given and got.ended == want.ended == 1, eos
+        trials()
 
 
-def test_sampling_repeats_with_its_generator():
-    model, inputs = model_of(), prompt(2, 5, 3, True)
-    hf_fusion.patch(model)
-    made = []
-    for seed in (1, 1, 2):
-        generator = torch.Generator().manual_seed(seed)
-        options = {"do_sample": True, "temperature": 0.9, "top_k": 30, "top_p": 0.95}
-        made.append(
-            hf_fusion.generate(model, **inputs, max_new_tokens=NEW, generator=generator, **options)
+def test_text_is_streamed_to_another_thread():
+    loaded = load_model("tiny", "fp32")
+    ids = loaded.tokenizer("The expression", return_tensors="pt").input_ids
+    streamer = TextIteratorStreamer(loaded.tokenizer, timeout=60)
+    with hf_fusion.patched(loaded.model):
+        call = {"max_new_tokens": 30, "eos_token_id": (), "streamer": streamer}
+        thread = threading.Thread(
+            target=hf_fusion.generate, args=(loaded.model, ids), kwargs=call
         )
-    greedy = hf_fusion.generate(model, **inputs, max_new_tokens=NEW)
-    first = hf_fusion.generate(model, **inputs, max_new_tokens=NEW, do_sample=True, top_k=1)
-    hf_fusion.unpatch(model)
-    assert torch.equal(made[0], made[1]) and not torch.equal(made[0], made[2])
-    assert torch.equal(first, greedy) and not torch.equal(made[0], greedy)
+        thread.start()
+        text = "".join(streamer)
+        thread.join()
+        want = hf_fusion.generate(loaded.model, ids, max_new_tokens=30, eos_token_id=())
+    assert text == loaded.tokenizer.decode(want[0])
+
+
+def test_what_a_streamer_raises_is_raised():
+    model, inputs = model_of(), prompt(1, 6, 13, False)
+    streamer = Streamer()
+    streamer.put = lambda value: 1 / (value.dim() - 1)
+    with hf_fusion.patched(model):
+        want = hf_fusion.generate(model, **inputs, max_new_tokens=NEW)
+        with pytest.raises(ZeroDivisionError):
+            hf_fusion.generate(model, **inputs, max_new_tokens=NEW, streamer=streamer)
+        assert torch.equal(hf_fusion.generate(model, **inputs, max_new_tokens=NEW), want)
 
 
 @pytest.mark.parametrize(
@@ -357,6 +365,8 @@ def test_sampling_repeats_with_its_generator():
         ({"do_sample": "yes"}, "do_sample is 'yes'"),
         ({"temperature": 0.0}, "temperature is 0.0"),
         ({"temperature": float("nan")}, "temperature is nan"),
+        ({"temperature": float("inf")}, "temperature is inf"),
+        ({"streamer": "stdout"}, "streamer is 'stdout'"),
         ({"top_k": 0}, "top_k is 0"),
         ({"top_p": 1.5}, "top_p is 1.5"),
         ({"eos_token_id": -1}, "eos_token_id is"),

@@ -1,9 +1,5 @@
-// Greedy decoding: the token with the largest logit, and several steps in one call.
-//   next[b][k] = argmax(logits of step k, batch row b); step k + 1 reads next[.][k] at positions one
-//   further
-// Logits are compared as the model's dtype holds them. The largest is the first NaN or, without one,
-// the first of equals, as torch.argmax has it. Rows do not mix, so a step gives the bits of a call
-// of its own.
+// The token with the largest logit. Logits are compared as the model's dtype holds them; the largest
+// is the first NaN or, without one, the first of equals, as torch.argmax has it.
 
 namespace hff {
 namespace HFF_ISA {
@@ -47,34 +43,6 @@ static int64_t largest_index(const T* x, int64_t n) {
     if (v > to_float(x[at])) at = i;
   }
   return at;
-}
-
-// A call with `next`: io.steps tokens of every batch row, the cache longer by as many.
-template <class T>
-static hff_status greedy_call(const hff_call& call, const hff_model& model, const hff_cache* caches,
-                              const hff_model_io& io) {
-  hff_call step = call;
-  hff_model_io at = io;
-  const int64_t steps = io.steps > 1 ? io.steps : 1, rows = model.head.rows;
-  const int64_t row_of_table = model.blocks[0].heads.rotary_dim * int64_t(sizeof(T));
-  int64_t* const next = static_cast<int64_t*>(io.next.data);
-  for (int64_t k = 0; k < steps; ++k) {
-    const hff_status status = model_call<T>(step, model, caches, at);
-    if (status != HFF_OK) {
-      for (int64_t l = 0; k > 0 && l < model.block_count; ++l)
-        *caches[l].length -= k * call.queries;
-      return status;
-    }
-    const T* logits = static_cast<const T*>(io.logits.data) + (io.keep - 1) * rows;
-    for (int64_t b = 0; b < call.batch; ++b)
-      next[b * steps + k] = largest_index(logits + b * io.keep * rows, rows);
-    at.ids = {next + k, io.next.bytes - k * 8};
-    at.id_batch_stride = steps;
-    // positions one further are the same positions in a table that begins one row later
-    step.cos.data = static_cast<const char*>(step.cos.data) + row_of_table;
-    step.sin.data = static_cast<const char*>(step.sin.data) + row_of_table;
-  }
-  return HFF_OK;
 }
 
 }  // namespace HFF_ISA

@@ -55,6 +55,10 @@
 
 #include "cpu/greedy-inl.h"
 
+#include "cpu/sample-inl.h"
+
+#include "cpu/steps-inl.h"
+
 #include "cpu/attend-calls-inl.h"
 
 #include "cpu/stream-inl.h"
@@ -76,7 +80,7 @@ namespace HFF_ISA {
 static hff_status model(const hff_call& call, const hff_model& model, const hff_cache* caches,
                         const hff_model_io& io) {
   if (io.next.data != nullptr) {
-    HFF_DISPATCH(call.dtype, greedy_call, call, model, caches, io);
+    HFF_DISPATCH(call.dtype, steps_call, call, model, caches, io);
   }
   HFF_DISPATCH(call.dtype, model_call, call, model, caches, io);
 }

@@ -17,7 +17,7 @@
 extern "C" {
 #endif
 
-#define HFF_ABI_VERSION 7
+#define HFF_ABI_VERSION 8
 #define HFF_MAX_HEAD_DIM 256
 #define HFF_SAMPLED_ROWS 8
 
@@ -185,6 +185,19 @@ typedef struct {
   hff_linear head;    /* weight null: no head, hidden states only */
 } hff_model;
 
+/* How a token is drawn from logits. Probabilities are those of softmax(logits / temperature) in fp32.
+ * Kept are the top_k largest, with all equals of the last of them, and of these, largest first and of
+ * equals the first, the fewest whose probabilities add up to top_p of theirs. The token is the first
+ * whose probability, with those of the kept before it in order of index, exceeds the uniform. */
+typedef struct {
+  uint64_t struct_size;
+  hff_input uniforms; /* fp64 (batch, steps) contiguous, each in [0, 1) */
+  double top_p;       /* 0 to 1; 1: all, 0: the largest */
+  int64_t top_k;      /* 0: all */
+  float temperature;  /* a normal number above 0 */
+  int32_t reserved;
+} hff_sampling;
+
 /* ids: int64 (batch, queries), strides below, or null with x: (rows, hidden) contiguous.
  * logits: (batch, keep, head.rows) contiguous, the last `keep` queries of each batch row; null
  * without a head, and with starts.
@@ -193,16 +206,19 @@ typedef struct {
  * next: int64 (batch, steps) contiguous, the index of the largest logit of each batch row's last
  * query: the first NaN or, without one, the first of equals. May be null; on CUDA it may be the
  * memory of ids, on the CPU it needs logits.
- * steps: 0 and 1 are one. More, on the CPU only: greedy decoding of `steps` tokens, with ids of one
- * query, a cache and next. The second step has the first of next for its ids and positions one
- * further, and so on; logits are the last step's. A mask covers the keys of all steps. Where a step
- * fails, cache lengths are as before; logits and next may have been written. */
+ * sampling: null, or on the CPU how next is drawn instead. Logits with NaN or +Inf, or of -Inf alone,
+ * are refused: HFF_INVALID.
+ * steps: 0 and 1 are one. More, on the CPU only: decoding of `steps` tokens, with ids of one query, a
+ * cache and next. The second step has the first of next for its ids and positions one further, and so
+ * on; logits are the last step's. A mask covers the keys of all steps. Where a step fails or no token
+ * can be drawn, cache lengths are as before; logits and next may have been written. */
 typedef struct {
   uint64_t struct_size;
   hff_input ids;
   int64_t id_batch_stride, id_query_stride;
   hff_input x;
   hff_output logits, hidden, next;
+  const hff_sampling* sampling;
   int64_t keep, steps;
 } hff_model_io;
 
@@ -308,7 +324,7 @@ HFF_API hff_status hff_describe_device(int32_t device, int32_t ordinal, hff_devi
 HFF_API int64_t hff_workspace_bytes(const hff_call*, const hff_model*);
 
 HFF_API int32_t hff_abi_version(void);
-/* sizeof the structs above in order of declaration, from hff_input (0) to hff_attend_plan (17); 0 past
+/* sizeof the structs above in order of declaration, from hff_input (0) to hff_attend_plan (18); 0 past
  * the end */
 HFF_API uint64_t hff_struct_size(int32_t index);
 HFF_API const char* hff_last_error(void);

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "reference.h"
+#include "sampling.h"
 
 namespace hff_test {
 
@@ -44,10 +45,18 @@ struct Indices {
 };
 
 // (batch) int64: the index of the largest logit of each batch row's last kept query, the first of
-// equals.
-struct Greedy {
+// equals; or what `sampling`, if it has uniforms, draws.
+struct Next {
   Array next, logits;
   int64_t vocab = 0, keep = 1;
+  Sampling sampling;
+
+  std::vector<float> row(int64_t b) const {
+    std::vector<float> out(static_cast<size_t>(vocab));
+    for (int64_t i = 0; i < vocab; ++i)
+      out[i] = static_cast<float>(logits.get(((b + 1) * keep - 1) * vocab + i));
+    return out;
+  }
 };
 
 // A pointer into a copied struct that a fuzzer may change.
@@ -88,8 +97,8 @@ class Case {
   virtual bool has_rows(int64_t, int64_t) const { return true; }
   // Calls with structs that `change` may spoil.
   virtual hff_status call_changed(const std::function<void(std::vector<Field>&)>& change) = 0;
-  // Greedy steps that the case has room for, 0 where it is no such call; and `steps` of them, in one
-  // call or in a call each, with their tokens, (batch, steps).
+  // Steps that the case has room for, 0 where it is no such call; and `steps` of them, in one call or
+  // in a call each, with their tokens, (batch, steps); a call each checks what is drawn.
   virtual int64_t most_steps() const { return 0; }
   virtual hff_status call_steps(int64_t, bool, int32_t, std::vector<int64_t>*) {
     return HFF_INVALID;
@@ -113,7 +122,8 @@ class Case {
   std::vector<Array> lengths;       // cells a successful call advances, by `queries`
   std::vector<int64_t> capacities;  // of the caches that they belong to
   int64_t queries = 0;
-  Greedy greedy;
+  Next chosen;
+  std::string misdrawn;  // of call_steps
   std::vector<Spot> spots;
   // Outputs that depend on one and the same rounded number err together: how many groups there are,
   // at least.

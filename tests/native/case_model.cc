@@ -108,7 +108,8 @@ class ModelCase : public CaseOf<ModelCase> {
     const hff_model model = make_model(first, blocks, caches);
     const hff_status status = place(&call, model);
     if (status != HFF_OK) return status;
-    hff_model_io io = make_io(first);
+    hff_sampling sampling;
+    hff_model_io io = make_io(first, &sampling);
     const hff_cache* given = call_.cached ? caches.data() : nullptr;
     if (!in_place_) return hff_model_forward(&call, &model, given, &io);
     const hff_input x = io.x;
@@ -143,14 +144,22 @@ class ModelCase : public CaseOf<ModelCase> {
     std::vector<hff_block> blocks;
     std::vector<hff_cache> caches;
     const hff_model model = make_model(0, blocks, caches);
-    hff_model_io io = make_io(0);
+    hff_sampling sampling;
+    hff_model_io io = make_io(0, &sampling);
     tokens->assign(static_cast<size_t>(call_.batch * steps), -1);
     io.next = {tokens->data(), static_cast<int64_t>(tokens->size() * sizeof(int64_t))};
     io.steps = steps;
     if (together) return hff_model_forward(&call, &model, caches.data(), &io);
     io.steps = 1;
     std::vector<int64_t> ids(static_cast<size_t>(call_.batch)), positions = ids, next = ids;
+    const Next drawn = chosen;
     for (int64_t k = 0; k < steps; ++k) {
+      if (io.sampling) {
+        chosen.sampling.uniforms.clear();
+        for (int64_t b = 0; b < call_.batch; ++b)
+          chosen.sampling.uniforms.push_back(drawn.sampling.uniforms[b * steps + k]);
+        sampling = chosen.sampling.abi();
+      }
       for (int64_t b = 0; call_.positions && b < call_.batch; ++b)
         positions[static_cast<size_t>(b)] = call_.position(b, 0) + k;
       if (call_.positions) call.positions = {positions.data(), 8 * call_.batch};
@@ -158,11 +167,16 @@ class ModelCase : public CaseOf<ModelCase> {
       io.next = {next.data(), 8 * call_.batch};
       const hff_status status = hff_model_forward(&call, &model, caches.data(), &io);
       if (status != HFF_OK) return status;
-      for (int64_t b = 0; b < call_.batch; ++b)
-        (*tokens)[static_cast<size_t>(b * steps + k)] = next[static_cast<size_t>(b)];
+      for (int64_t b = 0; b < call_.batch; ++b) {
+        const int64_t token = (*tokens)[static_cast<size_t>(b * steps + k)] = next[b];
+        if (io.sampling &&
+            !could_draw(chosen.row(b), chosen.sampling, chosen.sampling.uniforms[b], token))
+          misdrawn = "step " + std::to_string(k) + " draws " + std::to_string(token);
+      }
       ids = next;
       io.ids = {ids.data(), 8 * call_.batch}, io.id_batch_stride = 1;
     }
+    chosen = drawn;
     return HFF_OK;
   }
 
@@ -171,7 +185,8 @@ class ModelCase : public CaseOf<ModelCase> {
     std::vector<hff_block> blocks;
     std::vector<hff_cache> caches;
     hff_model model = make_model(0, blocks, caches);
-    hff_model_io io = make_io(0);
+    hff_sampling sampling;
+    hff_model_io io = make_io(0, &sampling);
     const hff_status status = place(&call, model);
     if (status != HFF_OK) return status;
     std::vector<Field> fields;
@@ -195,6 +210,13 @@ class ModelCase : public CaseOf<ModelCase> {
     list_fields(fields, io.logits, "io.logits");
     list_fields(fields, io.hidden, "io.hidden");
     list_fields(fields, io.next, "io.next");
+    if (io.sampling) {
+      fields.push_back({Field::kPointer, &io.sampling, "io.sampling"});
+      fields.push_back({Field::kStructSize, &sampling.struct_size, "sampling.struct_size"});
+      list_fields(fields, sampling.uniforms, "sampling.uniforms");
+      fields.push_back({Field::kFloat, &sampling.temperature, "sampling.temperature"});
+      fields.push_back({Field::kSize, &sampling.top_k, "sampling.top_k"});
+    }
     fields.push_back({Field::kSize, &io.keep, "io.keep"});
     fields.push_back({Field::kSize, &io.steps, "io.steps"});
     change(fields);
@@ -284,8 +306,8 @@ class ModelCase : public CaseOf<ModelCase> {
       head_ = LinearData::random(random, arena, dtype_, vocab_, hidden_);
       logits_ = arena.output(dtype_, call_.batch * keep_ * vocab_);
       results.push_back(contiguous("logits", logits_));
-      if (on_device() || random.chance(0.4))
-        greedy = {arena.output(kInt64, call_.batch), logits_, vocab_, keep_};
+      chosen = {{}, logits_, vocab_, keep_, {}};
+      if (on_device() || random.chance(0.4)) chosen.next = arena.output(kInt64, call_.batch);
     }
     for (const CacheData& cache : caches_) {
       if (!call_.cached) break;
@@ -310,7 +332,7 @@ class ModelCase : public CaseOf<ModelCase> {
     return model;
   }
 
-  hff_model_io make_io(int64_t first) const {
+  hff_model_io make_io(int64_t first, hff_sampling* sampling) const {
     hff_model_io io = {};
     io.struct_size = sizeof io;
     io.ids = ids_.input_from(first * id_batch_stride_);
@@ -318,7 +340,11 @@ class ModelCase : public CaseOf<ModelCase> {
     io.id_query_stride = id_query_stride_;
     io.x = x_.input_from(call_.first_row(first) * hidden_);
     io.logits = logits_.output_from(first * keep_ * vocab_);
-    io.next = greedy.next.output_from(first);
+    io.next = chosen.next.output_from(first);
+    if (!chosen.sampling.uniforms.empty()) {
+      *sampling = chosen.sampling.abi(first);
+      io.sampling = sampling;
+    }
     io.hidden = hidden_out_.output_from(call_.first_row(first) * hidden_);
     io.keep = keep_;
     return io;

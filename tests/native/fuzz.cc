@@ -190,6 +190,8 @@ std::unique_ptr<Base> make_base(const Options& options, uint64_t seed) {
   design.size = Size::kTiny;
   const Kernel& kernel = pick_kernel(*base->random, options);
   base->c = kernel.make(*base->random, design);
+  if (!on_device() && base->c->chosen.next && base->random->chance(0.5))
+    base->c->chosen.sampling = Sampling::random(*base->random, base->c->independent_rows());
   if (!base->c->indices.empty() && base->random->chance(0.2))
     return hostile_indices(std::move(base));
   base->c->seal();

@@ -1,4 +1,4 @@
-// Row 16, greedy steps: several in one call give the tokens, logits and caches, to the bit, of as
+// Row 16, steps: several in one call give the tokens, logits and caches, to the bit, of as
 // many calls of one step each; where an allocation fails on the way, no cache is longer.
 #include <algorithm>
 #include <cstring>
@@ -55,14 +55,17 @@ std::string fail_allocations(Case& c, int64_t steps) {
 }  // namespace
 
 bool run_steps(const Options& options, const std::string& isa) {
-  Tally tally(options, "steps", "row 16 greedy steps: one call, or a call each", isa);
+  Tally tally(options, "steps", "row 16 steps: one call, or a call each", isa);
   for (int64_t i = 0; i < options.count(150); ++i) {
     const uint64_t seed = options.seed + static_cast<uint64_t>(i);
     Random random(seed);
     tally.begin(seed, "");
     const auto c = draw_steps(random);
     const int64_t steps = random.range(2, std::min(kMostSteps, c->most_steps()));
-    tally.describe(std::to_string(steps) + " steps, model " + c->shape());
+    if (random.chance(0.5))
+      c->chosen.sampling = Sampling::random(random, c->independent_rows() * steps);
+    tally.describe(std::to_string(steps) + (c->chosen.sampling.uniforms.empty() ? "" : " drawn") +
+                   " steps, model " + c->shape());
     c->seal();
     std::vector<int64_t> apart, together;
     std::string failure = told(c->call_steps(steps, false, 1, &apart));
@@ -70,6 +73,7 @@ bool run_steps(const Options& options, const std::string& isa) {
     c->restore();
     if (failure.empty())
       failure = told(c->call_steps(steps, true, random.pick({1, 2, 3}), &together));
+    if (failure.empty()) failure = c->misdrawn;
     if (failure.empty() && together != apart) failure = "other tokens than one at a time";
     if (failure.empty() && c->arena.outputs() != expected)
       failure = "other logits or caches than one at a time";

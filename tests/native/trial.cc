@@ -104,18 +104,21 @@ std::string judge(const Result& r, bool* relaxed, double floor, const Counts& co
 }
 
 // NaN is the largest.
-std::string check_greedy(const Greedy& greedy) {
-  for (int64_t b = 0; b < greedy.next.count; ++b) {
-    int64_t best = 0;
-    const auto at = [&](int64_t i) {
-      return greedy.logits.get(((b + 1) * greedy.keep - 1) * greedy.vocab + i);
-    };
-    for (int64_t i = 1; i < greedy.vocab; ++i) {
-      if (at(i) > at(best) || (std::isnan(at(i)) && !std::isnan(at(best)))) best = i;
+std::string check_next(const Next& chosen) {
+  for (int64_t b = 0; b < chosen.next.count; ++b) {
+    const int64_t token = static_cast<int64_t>(chosen.next.get(b));
+    const std::string found = "next[" + std::to_string(b) + "] is " + std::to_string(token);
+    const std::vector<float> logits = chosen.row(b);
+    if (!chosen.sampling.uniforms.empty()) {
+      if (could_draw(logits, chosen.sampling, chosen.sampling.uniforms[b], token)) continue;
+      return found + ", which its uniform does not draw";
     }
-    if (greedy.next.get(b) != static_cast<double>(best))
-      return "next[" + std::to_string(b) + "] is " + number(greedy.next.get(b)) + ", logit " +
-             std::to_string(best) + " is the largest";
+    int64_t best = 0;
+    for (int64_t i = 1; i < chosen.vocab; ++i) {
+      if (logits[i] > logits[best] || (std::isnan(logits[i]) && !std::isnan(logits[best])))
+        best = i;
+    }
+    if (token != best) return found + ", logit " + std::to_string(best) + " is the largest";
   }
   return "";
 }
@@ -245,7 +248,7 @@ std::string check_memory(Case& c) {
     for (const Array& cell : c.lengths) {
       if (cell.data == buffer.data) take(0, 8);
     }
-    if (c.greedy.next.data == buffer.data) take(0, c.greedy.next.bytes());
+    if (c.chosen.next.data == buffer.data) take(0, c.chosen.next.bytes());
     std::string name = "a length";
     for (const Result& r : c.results) {
       if (r.array.data != buffer.data) continue;
@@ -255,7 +258,7 @@ std::string check_memory(Case& c) {
     if (std::memcmp(expected.data(), buffer.data, expected.size()))
       return "wrote elements of " + name + " that are not its own";
   }
-  return check_greedy(c.greedy);
+  return check_next(c.chosen);
 }
 
 std::string check_parity(Case& c, bool* relaxed) {
