@@ -233,7 +233,7 @@ inline hff_status check_sampling(const hff_sampling& s, Size tokens) {
   HFF_REQUIRE(s.struct_size == sizeof(hff_sampling),
               "hff_sampling has another size for the caller");
   HFF_REQUIRE(std::isnormal(s.temperature) && s.temperature > 0.0f,
-              "temperature is %g, expected a normal number above 0", static_cast<double>(s.temperature));
+              "temperature is %g, expected a number above 0", static_cast<double>(s.temperature));
   HFF_REQUIRE(s.top_p >= 0.0 && s.top_p <= 1.0, "top_p is %g, expected 0 to 1", s.top_p);
   HFF_REQUIRE(s.top_k >= 0, "top_k is %lld", shown(s.top_k));
   HFF_TRY(check_buffer(s.uniforms, tokens, 8, "uniforms"));

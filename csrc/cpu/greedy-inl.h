@@ -1,5 +1,5 @@
-// The token with the largest logit. Logits are compared as the model's dtype holds them; the largest
-// is the first NaN or, without one, the first of equals, as torch.argmax has it.
+// The token with the largest logit. Logits are compared as the model's dtype holds them; the
+// largest is the first NaN or, without one, the first of equals, as torch.argmax has it.
 
 namespace hff {
 namespace HFF_ISA {

@@ -1,6 +1,6 @@
 // Several tokens in one call, each the largest or drawn.
-//   next[b][k] = the token that the logits of step k give batch row b; step k + 1 reads next[.][k] at
-//   positions one further
+//   next[b][k] = the token that the logits of step k give batch row b; step k + 1 reads next[.][k]
+//   at positions one further
 // Rows do not mix, so a step gives the bits of a call of its own.
 
 namespace hff {

@@ -185,10 +185,11 @@ typedef struct {
   hff_linear head;    /* weight null: no head, hidden states only */
 } hff_model;
 
-/* How a token is drawn from logits. Probabilities are those of softmax(logits / temperature) in fp32.
- * Kept are the top_k largest, with all equals of the last of them, and of these, largest first and of
- * equals the first, the fewest whose probabilities add up to top_p of theirs. The token is the first
- * whose probability, with those of the kept before it in order of index, exceeds the uniform. */
+/* How a token is drawn from logits. Probabilities are those of softmax(logits / temperature) in
+ * fp32. Kept are the top_k largest, with all equals of the last of them, and of these, largest
+ * first and of equals the first, the fewest whose probabilities add up to top_p of theirs. The
+ * token is the first whose probability, with those of the kept before it in order of index, exceeds
+ * the uniform. */
 typedef struct {
   uint64_t struct_size;
   hff_input uniforms; /* fp64 (batch, steps) contiguous, each in [0, 1) */
@@ -206,12 +207,12 @@ typedef struct {
  * next: int64 (batch, steps) contiguous, the index of the largest logit of each batch row's last
  * query: the first NaN or, without one, the first of equals. May be null; on CUDA it may be the
  * memory of ids, on the CPU it needs logits.
- * sampling: null, or on the CPU how next is drawn instead. Logits with NaN or +Inf, or of -Inf alone,
- * are refused: HFF_INVALID.
- * steps: 0 and 1 are one. More, on the CPU only: decoding of `steps` tokens, with ids of one query, a
- * cache and next. The second step has the first of next for its ids and positions one further, and so
- * on; logits are the last step's. A mask covers the keys of all steps. Where a step fails or no token
- * can be drawn, cache lengths are as before; logits and next may have been written. */
+ * sampling: null, or on the CPU how next is drawn instead. Logits with NaN or +Inf, or of -Inf
+ * alone, are refused: HFF_INVALID.
+ * steps: 0 and 1 are one. More, on the CPU only: decoding of `steps` tokens, with ids of one query,
+ * a cache and next. The second step has the first of next for its ids and positions one further,
+ * and so on; logits are the last step's. A mask covers the keys of all steps. Where a step fails or
+ * no token can be drawn, cache lengths are as before; logits and next may have been written. */
 typedef struct {
   uint64_t struct_size;
   hff_input ids;
