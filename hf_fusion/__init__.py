@@ -9,6 +9,7 @@
 
 from .attention import attention_stats, register_attention
 from .backends import supported
+from .decoding import custom_generate
 from .generation import generate
 from .patching import patch, patched, stats, unpatch
 from .registry import register_family
@@ -31,6 +32,7 @@ __all__ = [
     "Report",
     "Stats",
     "attention_stats",
+    "custom_generate",
     "fuse",
     "generate",
     "patch",

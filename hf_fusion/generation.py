@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import StaticCache
+from transformers import DynamicCache, StaticCache
 
 from .forwards import native_steps
 from .patching import stats
@@ -38,7 +38,7 @@ _NEUTRAL = {
 _SAMPLED_NEUTRAL = {"min_p": None, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0}
 
 
-class _Loop:
+class Loop:
     """The state of a generation: everything that a step reads or moves on is a tensor."""
 
     def __init__(
@@ -52,6 +52,7 @@ class _Loop:
         eos: list[int],
         pad: int,
         streamer: Any,
+        cache: DynamicCache | None = None,
     ):
         (batch, prompt), device = ids.shape, ids.device
         self.model, self.sampler, self.prompt = model, sampler, prompt
@@ -68,12 +69,22 @@ class _Loop:
         self.finished = torch.zeros(batch, dtype=torch.bool, device=device)
         self.native = 1  # steps that the next native call may take
         self.streamer, self.streamed = streamer, 0  # columns that it has
-        self.cache = StaticCache(config=model.config, max_cache_len=prompt + steps)
+        self.grows = cache is not None
+        if cache is None:
+            cache = StaticCache(config=model.config, max_cache_len=prompt + steps)
+        self.cache = cache
 
-    def _call(self) -> dict[str, Any]:
+    def begin(self, past: int, positions: torch.Tensor | None) -> None:
+        """Begins after the `past` tokens of the prompt that the cache holds, at the positions
+        (B|1, prompt) that are given.
+        """
+        positions = self.positions if positions is None else positions
+        self.ids, self.positions = self.ids[:, past:].clone(), positions[:, past:].clone()
+
+    def _call(self, keys: int | None = None) -> dict[str, Any]:
         return {
             "input_ids": self.ids,
-            "attention_mask": self.mask,
+            "attention_mask": self.mask[:, :keys],
             "position_ids": self.positions,
             "past_key_values": self.cache,
             "use_cache": True,
@@ -83,7 +94,9 @@ class _Loop:
 
     def step(self) -> None:
         """One forward of `ids`, and the token after it."""
-        logits, uniforms = self.model(**self._call()).logits[:, -1], None
+        # a cache that grows holds no keys that a mask could be longer for
+        call, uniforms = self._call(int(self.column) if self.grows else None), None
+        logits = self.model(**call).logits[:, -1]
         if self.uniforms is not None:
             uniforms = self.uniforms.index_select(1, self.column - self.prompt)[:, 0]
         token = self.sampler(logits, uniforms).masked_fill(self.finished, self.pad)
@@ -140,7 +153,7 @@ class _Loop:
 
     def _run_native(self, steps: int, check_every: int) -> None:
         done = 0
-        while done < steps and not self._over(done, check_every):
+        while done < steps and not self._over(done, check_every if self.native else 1):
             most = check_every - done % check_every if self.eos.numel() else steps
             count = self._native_steps(min(most, steps - done)) if done else 0
             if count == 0:
@@ -273,6 +286,6 @@ def generate(
     if streamer is not None and not (hasattr(streamer, "put") and hasattr(streamer, "end")):
         refuse("streamer", streamer, "None or an object with put and end")
     pad = 0 if pad is None else pad
-    loop = _Loop(model, ids, mask, steps, sampler, generator, eos, pad, streamer)
+    loop = Loop(model, ids, mask, steps, sampler, generator, eos, pad, streamer)
     loop.run(steps, every)
     return loop.tokens[:, : loop.length()].clone()

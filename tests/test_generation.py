@@ -247,7 +247,7 @@ def test_an_interrupted_native_call_leaves_nothing_behind(monkeypatch):
         want = model(**inputs).logits
         with monkeypatch.context() as patch:
             patch.setattr(CpuBackend, "_run", interrupted)
-            patch.setattr(generation._Loop, "step", lambda self: None)
+            patch.setattr(generation.Loop, "step", lambda self: None)
             with pytest.raises(KeyboardInterrupt):
                 hf_fusion.generate(model, inputs["input_ids"][:, :1], max_new_tokens=3)
         backend = vars(model)["_hf_fusion"].binding.backend

@@ -180,8 +180,8 @@ def _add_timing(parser: argparse.ArgumentParser) -> None:
     _add_count(parser, "--rounds", 7, "rounds after the one that warms up")
     _add_count(parser, "--threads", None, "threads (default torch's own choice)")
     note = (
-        "generate: time between streamed tokens (default); forward: calls of the model alone; own: "
-        "rungs in hf_fusion.generate, stock in generate()"
+        "generate: time between streamed tokens (default); forward: calls of the model alone; own, "
+        "custom: rungs in hf_fusion.generate or by hf_fusion.custom_generate, stock in generate()"
     )
     parser.add_argument("--loop", choices=timing.LOOPS, default=timing.LOOPS[0], help=note)
     note = "also stock under torch.compile with a static cache"

@@ -2,8 +2,8 @@
 
 So drift of the machine hits all alike. A decode step is the time between two tokens as generate()
 hands them to a streamer: what a user waits for, transformers' loop included. `loop="forward"` times
-calls of the model alone, in a bare greedy loop; `loop="own"` has the rungs run in
-hf_fusion.generate, stock in generate() as ever.
+calls of the model alone, in a bare greedy loop. `loop="own"` has the rungs run in
+hf_fusion.generate and `loop="custom"` in generate() by hf_fusion.custom_generate, stock as ever.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import hf_fusion
 
 from .inputs import COMPILED, STOCK, unaccepted
 
-LOOPS = ("generate", "forward", "own")
+LOOPS = ("generate", "forward", "own", "custom")
 SKIPPED_STEPS = 2
 """Decode steps after the prompt that are not counted: buffers are allocated and bound there."""
 
@@ -121,8 +121,8 @@ class RungRunner:
         self.name = rung
         self._model = model
         self._backend = backend
-        loops = {"generate": generate, "forward": forward_loop, "own": own_loop}
-        stays = rung == COMPILED or (rung == STOCK and loop == "own")
+        loops = dict(zip(LOOPS, (generate, forward_loop, own_loop, custom_loop), strict=True))
+        stays = rung == COMPILED or (rung == STOCK and loop in ("own", "custom"))
         self._generate = generate if stays else loops[loop]
 
     def run(self, prompt: torch.Tensor, new_tokens: int) -> Sample:
@@ -212,16 +212,40 @@ def forward_loop(
 def own_loop(
     model: nn.Module, prompt: torch.Tensor, new_tokens: int
 ) -> tuple[float, tuple[float, ...], torch.Tensor]:
-    """As `generate`, by hf_fusion.generate: every later token took the mean of them all, beyond a
-    generation of one token.
-    """
+    """As `generate`, by hf_fusion.generate."""
+
+    def run(count: int) -> torch.Tensor:
+        return hf_fusion.generate(model, prompt, max_new_tokens=count, eos_token_id=())
+
+    return _as_a_whole(run, prompt.shape[1], new_tokens)
+
+
+def custom_loop(
+    model: nn.Module, prompt: torch.Tensor, new_tokens: int
+) -> tuple[float, tuple[float, ...], torch.Tensor]:
+    """As `generate`, with hf_fusion.custom_generate."""
+
+    def run(count: int) -> torch.Tensor:
+        return model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            do_sample=False,
+            max_new_tokens=count,
+            custom_generate=hf_fusion.custom_generate,
+        )
+
+    return _as_a_whole(run, prompt.shape[1], new_tokens)
+
+
+def _as_a_whole(run: Callable[[int], torch.Tensor], prompt: int, new_tokens: int) -> tuple:
+    """Every later token took the mean of them all, beyond a generation of one token."""
     times = [time.perf_counter()]
     for count in (1, new_tokens):
-        tokens = hf_fusion.generate(model, prompt, max_new_tokens=count, eos_token_id=())
+        tokens = run(count)
         times.append(time.perf_counter())
     first, whole = times[1] - times[0], times[2] - times[1]
     later = new_tokens - 1
-    return first, ((whole - first) / max(later, 1),) * later, tokens[:, prompt.shape[1] :]
+    return first, ((whole - first) / max(later, 1),) * later, tokens[:, prompt:]
 
 
 def interleave(
