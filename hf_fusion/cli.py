@@ -170,6 +170,7 @@ def _timing_settings(arguments: argparse.Namespace, rungs: Sequence[str]) -> har
         threads=arguments.threads,
         seed=arguments.seed,
         loop=arguments.loop,
+        sample=arguments.sample,
     )
 
 

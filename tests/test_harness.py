@@ -95,6 +95,18 @@ def test_other_loops_give_the_same_tokens(folder, loop, monkeypatch):
     assert row.step_ms.median > 0 and row.calls["calls"]["step"] >= new - 1
 
 
+@pytest.mark.parametrize("loop", ("generate", "own", "custom"))
+def test_drawn_tokens_are_timed_and_not_compared(folder, loop):
+    result = harness.run_ablation(
+        settings(folder, loop=loop, sample=True), stream=steady_stream
+    )
+    assert result.passed and all(row.tokens_equal is None for row in result.rows)
+    assert all(row.step_ms.median > 0 and row.parity.passed for row in result.rows)
+    assert "temperature 0.8, top_k 50, top_p 0.9" in result.markdown()
+    with pytest.raises(inputs.InputError, match="forward"):
+        harness.run_ablation(settings(folder, loop="forward", sample=True), stream=steady_stream)
+
+
 def test_ablation_as_json_and_markdown(ablation):
     plain = json.loads(json.dumps(ablation.to_dict()))
     assert plain["passed"] and plain["stream_gbs"]["median"] == pytest.approx(10.0)

@@ -33,7 +33,9 @@ from .timing import Recording, RungRunner, Runner, Sample, Spread, interleave, t
 
 @dataclass(frozen=True)
 class Settings:
-    """What an ablation measures. `rungs` always gain stock; `threads` None is torch's own width."""
+    """What an ablation measures. `rungs` always gain stock; `threads` None is torch's own width;
+    `sample` draws tokens as timing.SAMPLING says, which are then not compared.
+    """
 
     model: str = "tiny"
     dtype: str = "bf16"
@@ -46,6 +48,7 @@ class Settings:
     threads: int | None = None
     seed: int = 0
     loop: str = "generate"
+    sample: bool = False
     memory: bool = False
 
     def checked(self) -> Settings:
@@ -192,7 +195,8 @@ def run_ablation(
     loaded = loaded or load_model(settings.model, settings.dtype, settings.seed)
     fed = prompts(loaded, settings.rounds, settings.batch, settings.prompt_tokens, settings.seed)
     runners = [
-        RungRunner(loaded.model, rung, settings.backend, settings.loop) for rung in settings.rungs
+        RungRunner(loaded.model, rung, settings.backend, settings.loop, settings.sample)
+        for rung in settings.rungs
     ]
     contenders = [*runners, *peers]
     judged = [rung for rung in settings.rungs if rung != COMPILED]
@@ -208,7 +212,10 @@ def run_ablation(
             parity = measure_parity(
                 loaded.model, judged, fed[0], stock[0], settings.backend, advance
             )
-            rows = [_row(runner.name, recording, parity, loaded, fed) for runner in contenders]
+            rows = [
+                _row(runner.name, recording, parity, loaded, fed, settings.sample)
+                for runner in contenders
+            ]
     _relate(rows, settings, recording, loaded)
     if settings.memory:
         _add_memory([row for row in rows if row.name in judged], settings)
@@ -229,18 +236,20 @@ def _row(
     parity: dict[str, Parity],
     loaded: LoadedModel,
     fed: Sequence[Any],
+    drawn: bool,
 ) -> Row:
-    """A row with verdicts, times not yet in it."""
+    """A row with verdicts, times not yet in it; `drawn` tokens have none."""
     row = Row(name, failure=recording.failures.get(name), parity=parity.get(name))
     if row.failure:
         return row
     samples = recording.samples[name]
     row.calls = _sum_calls(samples) if name in RUNGS[1:] else {}
-    stock = [sample.tokens for sample in recording.samples[STOCK]]
-    error = parity[STOCK].error + (row.parity or parity[STOCK]).error
-    row.tokens_equal, row.divergences = compare_tokens(
-        loaded.model, fed, stock, [sample.tokens for sample in samples], error
-    )
+    if not drawn:
+        stock = [sample.tokens for sample in recording.samples[STOCK]]
+        error = parity[STOCK].error + (row.parity or parity[STOCK]).error
+        row.tokens_equal, row.divergences = compare_tokens(
+            loaded.model, fed, stock, [sample.tokens for sample in samples], error
+        )
     if name in RUNGS:
         row.failure = _verdict(row)
     return row

@@ -6,7 +6,17 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
-from . import attention_study, contenders, inputs, models, peers, perplexity, plots, timing, work_options
+from . import (
+    attention_study,
+    contenders,
+    inputs,
+    models,
+    peers,
+    perplexity,
+    plots,
+    timing,
+    work_options,
+)
 
 _RUNGS = f"of {', '.join(inputs.RUNGS)}"
 _SHAPES = ", ".join(models.PYTHIA_SHAPES)
@@ -184,6 +194,9 @@ def _add_timing(parser: argparse.ArgumentParser) -> None:
         "custom: rungs in hf_fusion.generate or by hf_fusion.custom_generate, stock in generate()"
     )
     parser.add_argument("--loop", choices=timing.LOOPS, default=timing.LOOPS[0], help=note)
+    drawn = ", ".join(f"{name} {value}" for name, value in timing.SAMPLING.items())
+    note = f"draw tokens ({drawn}), which are then not compared"
+    parser.add_argument("--sample", action="store_true", help=note)
     note = "also stock under torch.compile with a static cache"
     parser.add_argument("--compiled", action="store_true", help=note)
 

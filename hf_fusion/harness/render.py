@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 from .inputs import STOCK, output_path
 from .machine import describe
 from .plots import PICTURES, median_ms, picture
+from .timing import SAMPLING
 
 if TYPE_CHECKING:
-    from .ablation import AblationResult, Row
+    from .ablation import AblationResult, Row, Settings
     from .perplexity import PerplexityResult
     from .sweep import BenchResult, SweepResult
 
@@ -52,8 +53,8 @@ def ablation_markdown(result: AblationResult) -> str:
     header += ["tokens equal", "logit error / stock's", "calls fused / refused"]
     lines = [
         f"{settings.model} ({result.source}), {settings.dtype}, batch {settings.batch}, prompt "
-        f"{settings.prompt_tokens}, {settings.new_tokens} tokens, greedy, {settings.rounds} "
-        "interleaved rounds.",
+        f"{settings.prompt_tokens}, {settings.new_tokens} tokens, {_chosen(settings)}, "
+        f"{settings.rounds} interleaved rounds.",
         "",
         table(header, [_ablation_row(row, memory) for row in result.rows]),
         "",
@@ -147,8 +148,8 @@ def bench_markdown(result: BenchResult) -> str:
     settings, record = result.items[0].settings, result.items[0].environment
     title = (
         f"Batch {settings.batch}, prompt {settings.prompt_tokens}, {settings.new_tokens} tokens, "
-        "greedy, "
-        f"{settings.rounds} interleaved rounds, weights by seed {settings.seed}."
+        f"{_chosen(settings)}, {settings.rounds} interleaved rounds, weights by seed "
+        f"{settings.seed}."
     )
     return "\n".join(
         [title, "", table(header, body), "", *failures, describe(record), command_line(record)]
@@ -201,6 +202,13 @@ def perplexity_markdown(result: PerplexityResult) -> str:
     )
     lines = [title, "", table(header, body), "", *failures, describe(result.environment)]
     return "\n".join([*lines, command_line(result.environment)])
+
+
+def _chosen(settings: Settings) -> str:
+    """How tokens are chosen."""
+    if not settings.sample:
+        return "greedy"
+    return ", ".join(f"{name} {value}" for name, value in SAMPLING.items() if value is not True)
 
 
 def _ablation_row(row: Row, memory: bool) -> list[str]:

@@ -21,9 +21,10 @@ from torch import nn
 
 import hf_fusion
 
-from .inputs import COMPILED, STOCK, unaccepted
+from .inputs import COMPILED, STOCK, InputError, unaccepted
 
 LOOPS = ("generate", "forward", "own", "custom")
+SAMPLING = {"do_sample": True, "temperature": 0.8, "top_k": 50, "top_p": 0.9}
 SKIPPED_STEPS = 2
 """Decode steps after the prompt that are not counted: buffers are allocated and bound there."""
 
@@ -115,9 +116,19 @@ class RungRunner:
     torch.compile.
     """
 
-    def __init__(self, model: nn.Module, rung: str, backend: str = "auto", loop: str = "generate"):
+    def __init__(
+        self,
+        model: nn.Module,
+        rung: str,
+        backend: str = "auto",
+        loop: str = "generate",
+        sample: bool = False,
+    ):
         if loop not in LOOPS:
             raise unaccepted("loop", loop, LOOPS)
+        if sample and loop == "forward":
+            raise InputError("loop is 'forward', which draws no tokens: expected another to sample")
+        self._sampling = SAMPLING if sample else {}
         self.name = rung
         self._model = model
         self._backend = backend
@@ -127,10 +138,10 @@ class RungRunner:
 
     def run(self, prompt: torch.Tensor, new_tokens: int) -> Sample:
         """Patches, generates two tokens untimed, then timed; notes what was fused, unpatches."""
-        options = _compiled_options() if self.name == COMPILED else {}
+        options = self._sampling | (_compiled_options() if self.name == COMPILED else {})
         with applied(self._model, self.name, self._backend) as calls:
             if self.name != COMPILED:  # that one would compile for this length, too
-                self._generate(self._model, prompt[:, :1], 2)
+                self._generate(self._model, prompt[:, :1], 2, **self._sampling)
             prefill, steps, tokens = self._generate(self._model, prompt, new_tokens, **options)
             noted = calls()
         return Sample(prefill, steps, tokens, noted)
@@ -173,17 +184,16 @@ class _Stopwatch:
 def generate(
     model: nn.Module, prompt: torch.Tensor, new_tokens: int, **options: Any
 ) -> tuple[float, tuple[float, ...], torch.Tensor]:
-    """(prefill seconds, seconds of each later token, tokens (batch, new_tokens)) of a greedy
-    generate().
+    """(prefill seconds, seconds of each later token, tokens (batch, new_tokens)) of generate(),
+    greedy where `options` say nothing else.
     """
     watch = _Stopwatch()
     output = model.generate(
         prompt,
         attention_mask=torch.ones_like(prompt),
-        do_sample=False,
         max_new_tokens=new_tokens,
         streamer=watch,
-        **options,
+        **{"do_sample": False, **options},
     )
     gaps = tuple(after - before for before, after in zip(watch.times, watch.times[1:]))
     return gaps[0], gaps[1:], output[:, prompt.shape[1] :]
@@ -210,18 +220,19 @@ def forward_loop(
 
 
 def own_loop(
-    model: nn.Module, prompt: torch.Tensor, new_tokens: int
+    model: nn.Module, prompt: torch.Tensor, new_tokens: int, **options: Any
 ) -> tuple[float, tuple[float, ...], torch.Tensor]:
     """As `generate`, by hf_fusion.generate."""
 
     def run(count: int) -> torch.Tensor:
-        return hf_fusion.generate(model, prompt, max_new_tokens=count, eos_token_id=())
+        call = {"max_new_tokens": count, "eos_token_id": (), **options}
+        return hf_fusion.generate(model, prompt, **call)
 
     return _as_a_whole(run, prompt.shape[1], new_tokens)
 
 
 def custom_loop(
-    model: nn.Module, prompt: torch.Tensor, new_tokens: int
+    model: nn.Module, prompt: torch.Tensor, new_tokens: int, **options: Any
 ) -> tuple[float, tuple[float, ...], torch.Tensor]:
     """As `generate`, with hf_fusion.custom_generate."""
 
@@ -229,9 +240,9 @@ def custom_loop(
         return model.generate(
             prompt,
             attention_mask=torch.ones_like(prompt),
-            do_sample=False,
             max_new_tokens=count,
             custom_generate=hf_fusion.custom_generate,
+            **{"do_sample": False, **options},
         )
 
     return _as_a_whole(run, prompt.shape[1], new_tokens)

@@ -16,7 +16,9 @@ CASES = {
     ENCODE: ("vit-b16:bf16", "bert-base:bf16"),
     PREFILL: ("pythia-160m:bf16",),
 }
-DECODE_ONLY = {"prompt": 32, "new_tokens": 64, "loop": "generate", "compiled": False}
+DECODE_ONLY = {
+    "prompt": 32, "new_tokens": 64, "loop": "generate", "sample": False, "compiled": False,
+}  # fmt: skip
 """Options that say something about decoding, with their defaults."""
 _WORK_ONLY = ("images", "length", "ragged", "rungs", "peers", "memory")
 
