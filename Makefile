@@ -30,6 +30,7 @@ BIN := $(abspath $(VENV))/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 CLI := $(BIN)/hf-fusion
 RESULTS := build/demo
+PACKAGE := $(abspath build/package)
 DEMO_RUNGS := stock,attention,attention+up,full
 SOURCES := CMakeLists.txt pyproject.toml $(wildcard README.md LICENSE) \
   $(shell find csrc hf_fusion patches -type f -not -path '*/__pycache__/*')
@@ -79,12 +80,14 @@ $(VENV)/torch.stamp: $(VENV)/wanted
 	@$(BIN)/python -W ignore -c 'import torch; print("torch", torch.__version__)'
 	@touch $@
 
-# Not editable: what is tested is what a user installs.
+# Not editable: what is tested is what a user installs. The tests' own build takes the kernels from
+# $(PACKAGE).
 $(VENV)/install.stamp: $(VENV)/torch.stamp $(SOURCES)
 	@[[ -n "$${CXX:-}" ]] || command -v c++ g++ clang++ >/dev/null || { \
 	  echo 'no C++ compiler; on Debian and Ubuntu: apt-get install g++' >&2; exit 1; }
+	rm -rf $(PACKAGE)
 	$(PIP) install --quiet '$(TRANSFORMERS)' '.[harness,test]' \
-	  --config-settings=cmake.define.HFF_CUDA=$(CUDA)
+	  --config-settings=cmake.define.HFF_CUDA=$(CUDA) --config-settings=build-dir=$(PACKAGE)
 	@touch $@
 
 # Inside tests/, so that Python imports the installed package and not this tree.

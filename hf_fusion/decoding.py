@@ -29,7 +29,10 @@ from .report import FusionError, Reason
 from .sampling import Sampler
 
 _CHECK_EVERY = 16  # tokens between two looks at the ends of rows
-_ARGUMENTS = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"}
+_ARGUMENTS = {
+    "attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep",
+    "cache_position",  # before transformers 5.4: of the prompt, counting on from the cache
+}  # fmt: skip
 _RECORDS = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
 # in the order in which generate() applies them, each with the Sampler's argument that it carries
 _WARPERS = {
@@ -71,6 +74,8 @@ def _sampler(mode: GenerationMode, processors: list) -> Sampler:
 def _plan(ids: torch.Tensor, processors: list, criteria: list, config: Any, call: dict) -> _Plan:
     """FusionError with the reason where generate() has to decode token by token."""
     sampler = _sampler(config.get_generation_mode(), processors)
+    if ids.device.type != "cpu":
+        _refuse(f"the model is on {ids.device}")
     for name in _RECORDS:
         if getattr(config, name):
             _refuse(f"{name} is set")

@@ -81,7 +81,7 @@ class Frame(threading.local):
         sampling = self.sampling
         sampling.uniforms.data, sampling.uniforms.bytes = uniforms.data_ptr(), uniforms.nbytes
         sampling.temperature, sampling.top_p = sampler.temperature, sampler.top_p
-        sampling.top_k = sampler.top_k or 0
+        sampling.top_k = min(sampler.top_k or 0, (1 << 63) - 1)  # ctypes would take it modulo 2^64
         self.io.sampling = ctypes.addressof(sampling)
 
     def set_block_out(

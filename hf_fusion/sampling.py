@@ -38,7 +38,8 @@ class Sampler:
     ):
         if do_sample not in (True, False):
             refuse("do_sample", do_sample, "True or False")
-        if not isinstance(temperature, (int, float)) or not 0 < temperature < float("inf"):
+        most = torch.finfo(torch.float64).max  # which an int may exceed
+        if not isinstance(temperature, (int, float)) or not 0 < temperature <= most:
             refuse("temperature", temperature, "a number above 0")
         if top_k is not None:
             positive("top_k", top_k)

@@ -16,8 +16,9 @@ import pytest
 import torch
 from twins import HITS, REASONS
 
-from hf_fusion import native
+from hf_fusion import generation, native
 from hf_fusion.report import FusionError
+from hf_fusion.step import CpuBackend
 
 ROWS = {
     3: "layer and model parity", 4: "generation", 5: "common model checks", 6: "perplexity",
@@ -74,10 +75,34 @@ def force_isa():
     native.select_isa(None)
 
 
+@pytest.fixture
+def native_calls(monkeypatch) -> list[int]:
+    """Steps of every native call; a slow machine makes them no shorter."""
+    monkeypatch.setattr(generation, "_LONGEST_CALL", 1e3)
+    counts: list[int] = []
+    original = CpuBackend.steps
+
+    def noting(self, model, ids, slots, mask, positions, rope, steps, *sampling):
+        counts.append(steps)
+        return original(self, model, ids, slots, mask, positions, rope, steps, *sampling)
+
+    monkeypatch.setattr(CpuBackend, "steps", noting)
+    return counts
+
+
 def tool(name: str) -> str | None:
     """Path of a program, on PATH or beside this Python."""
     beside = Path(sys.executable).parent / name
     return shutil.which(name) or (str(beside) if beside.exists() else None)
+
+
+def kernels_of(root: Path) -> Path | None:
+    """The package's own build where `make` has left it, unless the sources have changed since."""
+    package = root / "build/package"
+    built = [path.stat().st_mtime for path in package.glob("CMakeFiles/hff_*.dir/csrc/cpu/*.o")]
+    sources = [path.stat().st_mtime for path in (root / "csrc").rglob("*") if path.is_file()]
+    changed = max(*sources, (root / "CMakeLists.txt").stat().st_mtime)
+    return package if built and min(built) > changed else None
 
 
 @pytest.fixture(scope="session")
@@ -92,6 +117,7 @@ def native_build() -> Path:
     build = root / "build/cases"
     build.mkdir(parents=True, exist_ok=True)
     switches = [f"-DHFF_{name}=ON" for name in ("TESTS", "FAULTS", "EMULATE")]
+    switches.append(f"-DHFF_KERNELS={kernels_of(root) or ''}")
     with open(build / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # the processes of a parallel run build once
         for command in (

@@ -11,7 +11,7 @@ import pytest
 import torch
 from test_generate import MODES, SEEDS, TWINS, Collector, answers, compare, flattened, pair_for
 from test_generate import prompt as random_prompt
-from test_generation import NEW, model_of, native_calls, prompt  # noqa: F401
+from test_generation import NEW, model_of, prompt
 from transformers import (
     DynamicCache,
     LogitsProcessorList,
@@ -23,6 +23,7 @@ from transformers import (
 from twins import fused_hits
 
 import hf_fusion
+from hf_fusion import decoding
 from hf_fusion.harness import load_model
 from hf_fusion.report import Reason
 
@@ -58,7 +59,7 @@ def by_default(model, method=hf_fusion.custom_generate):
 
 @pytest.mark.parametrize("fusion", ("full", "attention"))
 @pytest.mark.parametrize("name", [name for name in MODES if name not in DRAWN | {"streamer"}])
-def test_modes(name, fusion, native_calls, trials):  # noqa: F811
+def test_modes(name, fusion, native_calls, trials):
     chosen, whole = MODES[name], fusion == "full"
     for family, variant in TWINS:
         pair = pair_for(family, variant, chosen)
@@ -87,7 +88,7 @@ def generated(model, inputs, **options):
 
 
 @pytest.mark.parametrize("batch", (1, 3))
-def test_rows_end_and_the_cache_is_stock_s(batch, native_calls, trials):  # noqa: F811
+def test_rows_end_and_the_cache_is_stock_s(batch, native_calls, trials):
     """A dictionary, a cache of the caller's, and going on from it."""
     model, inputs = model_of(), prompt(batch, 7, 21, batch > 1)
     plain = generated(model, inputs)
@@ -116,7 +117,7 @@ def test_rows_end_and_the_cache_is_stock_s(batch, native_calls, trials):  # noqa
         trials()
 
 
-def test_draws_are_those_of_the_other_loop(native_calls, trials):  # noqa: F811
+def test_draws_are_those_of_the_other_loop(native_calls, trials):
     model, inputs = model_of(), prompt(3, 6, 22, True)
     for options in ({}, {"temperature": 0.7}, {"top_k": 9, "top_p": 0.8, "temperature": 1.3}):
         with hf_fusion.patched(model), by_default(model):
@@ -145,7 +146,7 @@ WARPERS = TemperatureLogitsWarper(0.7), TopKLogitsWarper(9), TopPLogitsWarper(0.
         ((TopKLogitsWarper(9, filter_value=-1e4),), False),
     ],
 )
-def test_processors_are_not_lost(processors, native, native_calls):  # noqa: F811
+def test_processors_are_not_lost(processors, native, native_calls):
     """Those that the sampler does not apply, or applies in another order, are left to generate()."""
     model, inputs = model_of(), prompt(1, 6, 23, False)
     options = {"do_sample": True, "top_k": 0, "logits_processor": LogitsProcessorList(processors)}
@@ -171,6 +172,12 @@ def test_a_streamer(options):
             generated(model, inputs, num_beams=2)
 
 
+def test_a_device_keeps_its_own_method():
+    ids = torch.zeros(1, 3, dtype=torch.int64, device="meta")
+    with pytest.raises(hf_fusion.FusionError, match="the model is on meta"):
+        decoding._plan(ids, [], [], model_of().generation_config, {})
+
+
 def test_a_model_that_is_not_patched():
     model, inputs = model_of(), prompt(2, 6, 25, True)
     with by_default(model):
@@ -179,7 +186,7 @@ def test_a_model_that_is_not_patched():
     assert torch.equal(got[1], generated(model, inputs, num_beams=2))
 
 
-def test_in_a_pipeline(native_calls):  # noqa: F811
+def test_in_a_pipeline(native_calls):
     loaded = load_model("tiny", "fp32")
     run = pipeline("text-generation", model=loaded.model, tokenizer=loaded.tokenizer)
     call = {"max_new_tokens": 12, "do_sample": False}

@@ -118,21 +118,6 @@ def test_greedy_on_a_device(native_build, monkeypatch, batch, padded, trials):
         trials()
 
 
-@pytest.fixture
-def native_calls(monkeypatch) -> list[int]:
-    """Steps of every native call; a slow machine makes them no shorter."""
-    monkeypatch.setattr(generation, "_LONGEST_CALL", 1e3)
-    counts: list[int] = []
-    original = CpuBackend.steps
-
-    def noting(self, model, ids, slots, mask, positions, rope, steps, *sampling):
-        counts.append(steps)
-        return original(self, model, ids, slots, mask, positions, rope, steps, *sampling)
-
-    monkeypatch.setattr(CpuBackend, "steps", noting)
-    return counts
-
-
 def one_by_one(model, inputs, monkeypatch, **options) -> torch.Tensor:
     """hf_fusion.generate with a call of the model for every token."""
     with monkeypatch.context() as patch:
@@ -366,6 +351,7 @@ def test_what_a_streamer_raises_is_raised():
         ({"temperature": 0.0}, "temperature is 0.0"),
         ({"temperature": float("nan")}, "temperature is nan"),
         ({"temperature": float("inf")}, "temperature is inf"),
+        ({"temperature": 10**309}, "temperature is 10000"),
         ({"streamer": "stdout"}, "streamer is 'stdout'"),
         ({"top_k": 0}, "top_k is 0"),
         ({"top_p": 1.5}, "top_p is 1.5"),

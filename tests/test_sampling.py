@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import available_isas
-from test_generation import NEW, given_logits, model_of, native_calls, one_by_one, prompt  # noqa: F401
+from test_generation import NEW, given_logits, model_of, prompt
 from transformers import (
     StaticCache,
     TemperatureLogitsWarper,
@@ -95,11 +95,11 @@ def in_their_shares(logits, sampler, uniforms, tokens) -> torch.Tensor:
 
 @pytest.mark.parametrize("dtype", ("fp32", "bf16", "fp16"))
 @pytest.mark.parametrize("isa", available_isas())
-def test_native_draws_are_those_of_the_definition(isa, dtype, force_isa, native_calls, trials):  # noqa: F811
+def test_native_draws_are_those_of_the_definition(isa, dtype, force_isa, native_calls, trials):
     force_isa(isa)
     options = [
         (1.0, None, 1.0), (0.3, None, 1.0), (1.0, 40, 1.0), (0.7, 1, 1.0), (1.0, None, 0.7),
-        (0.3, None, 0.97), (1.5, 40, 0.9), (1.0, 40, 0.0),
+        (0.3, None, 0.97), (1.5, 40, 0.9), (1.0, 40, 0.0), (1.0, 2**64 + 1, 1.0),
     ]  # fmt: skip
     for size in (1, 2, 63, 129, 2049, 5000):
         model, column = given_logits(size, dtype)
@@ -127,7 +127,7 @@ def test_native_draws_are_those_of_the_definition(isa, dtype, force_isa, native_
 def test_how_many_tokens_a_native_call_draws_makes_no_difference(
     options,
     batch,
-    native_calls,  # noqa: F811
+    native_calls,
     monkeypatch,
     trials,
 ):

@@ -6,26 +6,44 @@
 namespace hff {
 namespace HFF_ISA {
 
-// next[.][k] of a step that has run.
+// next[.][k] of a step that has run: rows are units.
+template <class T>
+struct Choice {
+  static constexpr int64_t kNone = -1;  // in place of a token that cannot be drawn
+
+  const hff_model_io& io;
+  int64_t n, k, steps;  // logits of a row
+  int64_t batch;
+  Counter rows;
+
+  int64_t token(int64_t b) const {
+    const T* logits = static_cast<const T*>(io.logits.data) + ((b + 1) * io.keep - 1) * n;
+    if (io.sampling == nullptr) return largest_index(logits, n);
+    Distribution<T> tokens(logits, n, *io.sampling);
+    const double* uniforms = static_cast<const double*>(io.sampling->uniforms.data);
+    return tokens.exists() ? tokens.draw(uniforms[b * steps + k]) : kNone;
+  }
+  static void work(void* self, int, int) {
+    Choice& run = *static_cast<Choice*>(self);
+    for (int64_t b = run.rows.take(); b < run.batch; b = run.rows.take())
+      static_cast<int64_t*>(run.io.next.data)[b * run.steps + run.k] = run.token(b);
+  }
+};
+
 template <class T>
 static hff_status choose(const hff_call& call, const hff_model& model, const hff_model_io& io,
                          int64_t k, int64_t steps) {
-  const int64_t n = model.head.rows;
-  const T* logits = static_cast<const T*>(io.logits.data) + (io.keep - 1) * n;
-  int64_t* const next = static_cast<int64_t*>(io.next.data) + k;
-  for (int64_t b = 0; b < call.batch; ++b, logits += io.keep * n) {
-    if (io.sampling == nullptr) {
-      next[b * steps] = largest_index(logits, n);
-      continue;
-    }
-    const double* uniforms = static_cast<const double*>(io.sampling->uniforms.data);
-    Distribution<T> tokens(logits, n, *io.sampling);
-    if (!tokens.exists())
+  Choice<T> run{io, model.head.rows, k, steps, call.batch, {}};
+  // the largest of a row is found in less time than a thread wakes in
+  const bool together = io.sampling != nullptr && call.batch > 1;
+  run_on_team(together ? call.threads : 1, Choice<T>::work, &run);
+  const int64_t* next = static_cast<const int64_t*>(io.next.data) + k;
+  for (int64_t b = 0; b < call.batch; ++b) {
+    if (next[b * steps] == Choice<T>::kNone)
       return fail(HFF_INVALID,
-                  "no token can be drawn in batch row %lld: its logits hold NaN, an "
-                  "infinity, or -inf alone",
+                  "no token can be drawn in batch row %lld: its logits hold NaN, an infinity, or "
+                  "-inf alone",
                   shown(b));
-    next[b * steps] = tokens.draw(uniforms[b * steps + k]);
   }
   return HFF_OK;
 }
