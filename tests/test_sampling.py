@@ -7,6 +7,7 @@ import torch
 from conftest import available_isas
 from test_generation import NEW, given_logits, model_of, prompt
 from transformers import (
+    DynamicCache,
     StaticCache,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
@@ -151,14 +152,17 @@ def test_how_many_tokens_a_native_call_draws_makes_no_difference(
         trials()
 
 
+@pytest.mark.parametrize("grows", (False, True))
 @pytest.mark.parametrize("values", ({3: torch.nan}, {3: torch.inf}, {}))
-def test_no_token_is_drawn_where_there_is_no_distribution(values, trials):
+def test_no_token_is_drawn_where_there_is_no_distribution(values, grows, trials):
     """In torch, for the prompt, and natively; the cache is no longer than before."""
     model, column = given_logits(50, "bf16")
     column.fill_(0.5 if values else -torch.inf)
     for place, value in values.items():
         column[place] = value
     cache, sampler = StaticCache(config=model.config, max_cache_len=9), Sampler(True, top_p=0.9)
+    if grows:
+        cache = DynamicCache(config=model.config)
     call = {
         "input_ids": torch.zeros(2, 1).long(),
         "attention_mask": torch.ones(2, 9, dtype=torch.bool),
