@@ -55,23 +55,23 @@ def _refuse(message: str) -> None:
     raise FusionError(Reason.ARGUMENT, f"{message}: generate() decodes token by token")
 
 
-def _sampler(mode: GenerationMode, processors: list) -> Sampler:
-    options: dict[str, Any] = {}
-    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+def _sampler(mode: GenerationMode, processors: Any) -> Sampler:
+    drawn, options = mode is GenerationMode.SAMPLE, {}
+    if not drawn and mode is not GenerationMode.GREEDY_SEARCH:
         _refuse(f"the generation mode is {mode.value}")
+    known = list(_WARPERS) if drawn else []
     for processor in processors:
-        name = _WARPERS.get(type(processor)) if mode is GenerationMode.SAMPLE else None
-        later = list(_WARPERS.values())[list(_WARPERS.values()).index(name) :] if name else ()
-        plain = getattr(processor, "filter_value", -torch.inf) == -torch.inf
-        if name is None or not plain or options.keys() & set(later):
-            _refuse(f"a logits processor is a {type(processor).__name__}")
+        kind = type(processor)
+        if kind not in known or getattr(processor, "filter_value", -torch.inf) != -torch.inf:
+            _refuse(f"a logits processor is a {kind.__name__}")
         if getattr(processor, "min_tokens_to_keep", 1) != 1:
             _refuse(f"min_tokens_to_keep is {processor.min_tokens_to_keep}")
-        options[name] = getattr(processor, name)
-    return Sampler(mode is GenerationMode.SAMPLE, **options)
+        known = known[known.index(kind) + 1 :]
+        options[_WARPERS[kind]] = getattr(processor, _WARPERS[kind])
+    return Sampler(drawn, **options)
 
 
-def _plan(ids: torch.Tensor, processors: list, criteria: list, config: Any, call: dict) -> _Plan:
+def _plan(ids: torch.Tensor, processors: Any, criteria: Any, config: Any, call: dict) -> _Plan:
     """FusionError with the reason where generate() has to decode token by token."""
     sampler = _sampler(config.get_generation_mode(), processors)
     if ids.device.type != "cpu":
@@ -135,7 +135,7 @@ def custom_generate(
     `downgraded` in stats(model). generate() hands a callable no streamer; to give one, pass
     functools.partial(hf_fusion.custom_generate, streamer=streamer).
     """
-    prepared = list(logits_processor), list(stopping_criteria), generation_config, model_kwargs
+    prepared = logits_processor, stopping_criteria, generation_config, model_kwargs
     plan, handle = None, vars(model).get(KEY)
     if type(handle) is Handle:
         try:
@@ -144,7 +144,6 @@ def custom_generate(
             handle.state.stats.downgrade(refusal)
     if plan is not None:
         return _run(model, input_ids, plan, generation_config, streamer, model_kwargs)
-    prepared = logits_processor, stopping_criteria, generation_config, model_kwargs
     return _own_method(model, input_ids, *prepared, inputs_tensor, streamer)
 
 

@@ -206,8 +206,9 @@ class Stats:
     (whole model, few rows), "prefill" (whole model, many rows), "encode" (whole encoder), "layer";
     and "wrapped", the calls that passed a wrapper of fusion "none".
     `refused`: forwards that ran stock, by reason. `downgraded`: forwards that ran layer by layer,
-    or without the head, where the whole model in one call was wanted, by reason. `details`: the
-    latest sentence for each reason.
+    or without the head, where the whole model in one call was wanted, and generations that
+    custom_generate left to decode token by token, by reason. `details`: the latest sentence for
+    each reason.
     """
 
     LEVELS = ("step", "prefill", "encode", "layer", "wrapped")
