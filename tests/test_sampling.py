@@ -126,18 +126,14 @@ def test_native_draws_are_those_of_the_definition(isa, dtype, force_isa, native_
 @pytest.mark.parametrize("options", ({}, {"top_k": 7}, {"temperature": 0.8, "top_p": 0.9}))
 @pytest.mark.parametrize("batch", (1, 3, 17))
 def test_how_many_tokens_a_native_call_draws_makes_no_difference(
-    options,
-    batch,
-    native_calls,
-    monkeypatch,
-    trials,
+    options, batch, native_calls, monkeypatch, trials
 ):
     model, inputs = model_of(), prompt(batch, 8, 14, batch > 1)
 
-    def drawn(loop=hf_fusion.generate, **more):
+    def drawn(**more):
         generator = torch.Generator().manual_seed(7)
         call = {"max_new_tokens": NEW, "do_sample": True, "generator": generator}
-        return loop(model, **more, **options, **call, **inputs)
+        return hf_fusion.generate(model, **more, **options, **call, **inputs)
 
     with hf_fusion.patched(model):
         want = drawn()

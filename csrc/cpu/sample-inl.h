@@ -1,6 +1,6 @@
 // A token drawn by one uniform number, from logits as transformers' warpers restrict them.
 //   s = logit / temperature                                    fp32
-//   w = e^(s - max s)                                          fp32, added up in fp64
+//   w = e^(s - max s)                                          fp32; fp64 sums of fp32 blocks
 //   top_k: s of at least the top_k-th largest, all its equals among them
 //   top_p: of those, largest first and of equals the first, the fewest whose w add up to top_p of
 //          their sum; one at least

@@ -12,8 +12,8 @@ struct Choice {
   static constexpr int64_t kNone = -1;  // in place of a token that cannot be drawn
 
   const hff_model_io& io;
-  int64_t n, k, steps;  // logits of a row
-  int64_t batch;
+  int64_t n;  // logits of a row
+  int64_t k, steps, batch;
   Counter rows;
 
   int64_t token(int64_t b) const {
