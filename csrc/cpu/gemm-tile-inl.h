@@ -10,10 +10,8 @@ namespace HFF_ISA {
 
 #if defined(__AVX512F__)
 constexpr int kTileRows = 14;  // 28 sums, 2 weights, 1 input of 32 registers
-#elif defined(__AVX2__)
-constexpr int kTileRows = 6;  // 12, 2, 1 of 16
 #else
-constexpr int kTileRows = 2;  // 8, 4, 2 of 16, four floats each
+constexpr int kTileRows = 6;  // 12, 2, 1 of 16
 #endif
 constexpr int64_t kSumDepth = 128;  // fp32 products added up before they join the sum: the error of
                                     // one chain of 768 is twice that

@@ -217,51 +217,90 @@ HFF_INLINE void store(F a, f16* p) {
 }
 
 #else
-// ---- portable C++: eight lanes as an array, for the compiler to vectorise -----------------------
+// ---- portable C++: the compiler's own vectors, of SSE2's and NEON's size -------------------------
 
-constexpr int kLanes = 8;
+constexpr int kLanes = 4;
+using Floats = float __attribute__((vector_size(16)));
+using Bits = uint32_t __attribute__((vector_size(16)));
+using Halves = uint16_t __attribute__((vector_size(16)));
+using Longs = uint64_t __attribute__((vector_size(16)));
+using Flags = decltype(Floats() < Floats());  // signed words, all bits of a lane or none
+#if defined(__clang__)
+#define HFF_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else  // gcc before 12 has no other
+#define HFF_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, Halves{__VA_ARGS__})
+#endif
+
 struct F {
-  float v[8];
+  Floats v;
 };
-#define HFF_LANES(expression)                          \
-  F out;                                               \
-  for (int i = 0; i < 8; ++i) out.v[i] = (expression); \
-  return out
-HFF_INLINE F zero() { return {{0, 0, 0, 0, 0, 0, 0, 0}}; }
-HFF_INLINE F set1(float x) { HFF_LANES(x); }
-HFF_INLINE F add(F a, F b) { HFF_LANES(a.v[i] + b.v[i]); }
-HFF_INLINE F sub(F a, F b) { HFF_LANES(a.v[i] - b.v[i]); }
-HFF_INLINE F mul(F a, F b) { HFF_LANES(a.v[i] * b.v[i]); }
-HFF_INLINE F div(F a, F b) { HFF_LANES(a.v[i] / b.v[i]); }
-HFF_INLINE F fma(F a, F b, F c) { HFF_LANES(a.v[i] * b.v[i] + c.v[i]); }
-HFF_INLINE F max(F a, F b) { HFF_LANES(a.v[i] > b.v[i] ? a.v[i] : b.v[i]); }
-HFF_INLINE F min(F a, F b) { HFF_LANES(a.v[i] < b.v[i] ? a.v[i] : b.v[i]); }
-HFF_INLINE F abs(F a) { HFF_LANES(__builtin_fabsf(a.v[i])); }
-HFF_INLINE F round(F a) {
-  HFF_LANES((a.v[i] + 0x1.8p23f) - 0x1.8p23f);
-}  // |a| < 2^22, nearest even
-HFF_INLINE F select_lt(F a, F b, F yes, F no) { HFF_LANES(a.v[i] < b.v[i] ? yes.v[i] : no.v[i]); }
-HFF_INLINE F pow2(
-    F n) {  // the integer lies in the low bits of n + 1.5 * 2^23; unsigned, for NaN passes here too
-  HFF_LANES(bits_to_float((float_to_bits(n.v[i] + 0x1.8p23f) + 127u) << 23));
+HFF_INLINE F zero() { return {Floats{}}; }
+HFF_INLINE F set1(float x) { return {Floats{x, x, x, x}}; }
+HFF_INLINE F add(F a, F b) { return {a.v + b.v}; }
+HFF_INLINE F sub(F a, F b) { return {a.v - b.v}; }
+HFF_INLINE F mul(F a, F b) { return {a.v * b.v}; }
+HFF_INLINE F div(F a, F b) { return {a.v / b.v}; }
+HFF_INLINE F fma(F a, F b, F c) { return {a.v * b.v + c.v}; }
+HFF_INLINE Bits either(Flags flags, Bits yes, Bits no) {
+  return (Bits(flags) & yes) | (~Bits(flags) & no);
 }
-HFF_INLINE float sum(F a) {
-  return ((a.v[0] + a.v[4]) + (a.v[2] + a.v[6])) + ((a.v[1] + a.v[5]) + (a.v[3] + a.v[7]));
+HFF_INLINE F either(Flags flags, F yes, F no) {
+  return {Floats(either(flags, Bits(yes.v), Bits(no.v)))};
 }
+HFF_INLINE F max(F a, F b) { return either(a.v > b.v, a, b); }
+HFF_INLINE F min(F a, F b) { return either(a.v < b.v, a, b); }
+HFF_INLINE F abs(F a) { return {Floats(Bits(a.v) & 0x7fffffff)}; }
+HFF_INLINE F round(F a) { return {(a.v + 0x1.8p23f) - 0x1.8p23f}; }  // |a| < 2^22, nearest even
+HFF_INLINE F select_lt(F a, F b, F yes, F no) { return either(a.v < b.v, yes, no); }
+HFF_INLINE F pow2(F n) {  // the integer lies in the low bits of n + 1.5 * 2^23
+  return {Floats((Bits(n.v + 0x1.8p23f) + 127) << 23)};
+}
+HFF_INLINE float sum(F a) { return (a.v[0] + a.v[2]) + (a.v[1] + a.v[3]); }
 HFF_INLINE float largest(F a) {
   float best = a.v[0];
-  for (int i = 1; i < 8; ++i) best = a.v[i] > best ? a.v[i] : best;
+  for (int i = 1; i < kLanes; ++i) best = a.v[i] > best ? a.v[i] : best;
   return best;
 }
-template <class T>
-HFF_INLINE F load(const T* p) {
-  HFF_LANES(to_float(p[i]));
+// Four 16-bit numbers as the low or the high halves of words.
+template <bool kHigh, class T>
+HFF_INLINE Bits load_halves(const T* p) {
+  uint64_t four;  // into a part of a vector, memcpy would go by way of the stack
+  std::memcpy(&four, p, sizeof four);
+  const Halves x = Halves(Longs{four, 0});
+  return Bits(kHigh ? HFF_SHUFFLE(Halves{}, x, 0, 8, 1, 9, 2, 10, 3, 11)
+                    : HFF_SHUFFLE(x, Halves{}, 0, 8, 1, 9, 2, 10, 3, 11));
 }
 template <class T>
-HFF_INLINE void store(F a, T* p) {
-  for (int i = 0; i < 8; ++i) from_float(a.v[i], p + i);
+HFF_INLINE void store_low_halves(Bits words, T* p) {
+  const Halves x = HFF_SHUFFLE(Halves(words), Halves{}, 0, 2, 4, 6, 8, 8, 8, 8);
+  std::memcpy(p, &x, 4 * sizeof(T));
 }
-#undef HFF_LANES
+HFF_INLINE F load(const float* p) {
+  F out;
+  std::memcpy(&out, p, sizeof out);
+  return out;
+}
+HFF_INLINE F load(const bf16* p) { return {Floats(load_halves<true>(p))}; }
+HFF_INLINE F load(const f16* p) {  // as to_float, but a signalling NaN stays one
+  const Bits words = load_halves<false>(p), sign = (words & 0x8000) << 16;
+  const Flags body = Flags(words & 0x7fff), finite = Flags(Floats(body << 13) * 0x1p112f);
+  return {Floats(sign | Bits(finite | ((body > 0x7bff) & 0x7f800000)))};
+}
+HFF_INLINE void store(F a, float* p) { std::memcpy(p, &a, sizeof a); }
+HFF_INLINE void store(F a, bf16* p) {  // as from_float
+  const Bits bits = Bits(a.v), up = bits + 0x7fff + (bits >> 16 & 1);
+  store_low_halves(either(a.v != a.v, bits | 0x400000, up) >> 16, p);
+}
+HFF_INLINE void store(F a, f16* p) {  // as from_float
+  const Bits bits = Bits(a.v), sign = bits >> 16 & 0x8000, body = bits & 0x7fffffff;
+  const Bits rebiased = body - 0x38000000;
+  const Bits normal = (rebiased + 0xfff + (rebiased >> 13 & 1)) >> 13;
+  const Bits subnormal = Bits(Floats(body) + 0.5f) - 0x3f000000;
+  const Bits nan = Bits(a.v != a.v) & (0x200 | (body >> 13 & 0x3ff));
+  const Bits small = either(Floats(body) < 0x1p-14f, subnormal, normal);
+  store_low_halves(sign | either(Floats(body) < 65520.0f, small, 0x7c00 | nan), p);
+}
+#undef HFF_SHUFFLE
 #endif
 
 #if !defined(__AVX512F__)
