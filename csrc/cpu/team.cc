@@ -31,7 +31,7 @@ struct Team {
   alignas(64) std::atomic<int> pending{0};
   TeamFunction function = nullptr;
   void* context = nullptr;
-  unsigned float_mode = 0;
+  uint64_t float_mode = 0;
   int workers = 0;
 };
 
@@ -39,7 +39,7 @@ struct Job {
   TeamFunction function;
   void* context;
   Barrier* barrier;
-  unsigned float_mode;
+  uint64_t float_mode;
 };
 
 std::atomic<Team*> g_team{nullptr};
@@ -48,17 +48,22 @@ std::atomic<const OpenMp*> g_openmp{nullptr};
 std::atomic<bool> g_forked{false};  // OpenMP threads do not survive a fork: never again
 std::once_flag g_once;
 
-unsigned float_mode() {
+// Rounding, and what becomes of denormals.
+uint64_t float_mode() {
+  uint64_t mode = 0;
 #if defined(__x86_64__)
-  return _mm_getcsr();
-#else
-  return 0;
+  mode = _mm_getcsr();
+#elif defined(__aarch64__)
+  asm volatile("mrs %0, fpcr" : "=r"(mode));
 #endif
+  return mode;
 }
 
-void set_float_mode(unsigned mode) {
+void set_float_mode(uint64_t mode) {
 #if defined(__x86_64__)
-  _mm_setcsr(mode);
+  _mm_setcsr(static_cast<unsigned>(mode));
+#elif defined(__aarch64__)
+  asm volatile("msr fpcr, %0" : : "r"(mode));
 #else
   (void)mode;
 #endif
@@ -116,7 +121,7 @@ void forget_team() {
 void run_openmp(void* data) {
   const Job& job = *static_cast<Job*>(data);
   const OpenMp* openmp = &g_openmp_storage;
-  const unsigned own = float_mode();
+  const uint64_t own = float_mode();
   set_float_mode(job.float_mode);
   const int width = openmp->width();
   if (job.barrier != nullptr) job.barrier->set_width(width);
