@@ -19,12 +19,17 @@ HIPCC ?= hipcc
 HIP_ARGS ?=
 # wave64, wave64, wave32
 HIP_ARCHITECTURES := gfx908 gfx90a gfx1030
+AARCH64 ?= aarch64-linux-gnu
+# Not those that fork or map gigabytes: more than qemu emulates.
+AARCH64_ROWS := host,exact,activations,parity,edge,determinism,panels,steps,allocation,threads
+# What is never imported need not be compiled to bytecode.
+export PIP_NO_COMPILE ?= 1
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help venv install demo test sanitize hip clean distclean FORCE
+.PHONY: help venv install demo test sanitize hip aarch64 clean distclean FORCE
 
 BIN := $(abspath $(VENV))/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -46,6 +51,7 @@ help:
 	@echo 'make sanitize   native cases under address, undefined-behaviour and thread sanitizers,'
 	@echo '                TRIALS=20 for a short run'
 	@echo 'make hip        the attention kernels for AMD GPUs, where hipcc is: compiled, not run'
+	@echo 'make aarch64    the portable kernels for ARM, where a cross-compiler and qemu are: native cases'
 	@echo 'make venv       .venv with torch; make install: with this package, not editable'
 	@echo 'make clean      remove build/ and caches; make distclean: .venv as well'
 	@echo 'Variables: PYTHON VENV TORCH TORCH_INDEX TRANSFORMERS CUDA WORKERS PYTEST_ARGS TRIALS'
@@ -136,6 +142,20 @@ hip:
 	    $(HIP_ARGS) $(addprefix --offload-arch=,$(HIP_ARCHITECTURES)) -Icsrc -x hip \
 	    -c csrc/cuda/attend.cu -o build/hip/attend.o && \
 	  echo 'build/hip/attend.o: attention kernels for $(HIP_ARCHITECTURES)'; \
+	fi
+
+aarch64: | $(OWN_CMAKE)
+	@if ! command -v $(AARCH64)-g++ >/dev/null || ! command -v qemu-aarch64 >/dev/null; then \
+	  echo '$(AARCH64)-g++ and qemu-aarch64 were not both found, nothing is built; on Debian and' \
+	    'Ubuntu: apt-get install g++-aarch64-linux-gnu qemu-user'; \
+	else \
+	  $(CMAKE) -S . -B build/aarch64 -DCMAKE_BUILD_TYPE=Release -DHFF_TESTS=ON -DHFF_FAULTS=ON \
+	    -DHFF_CUDA=OFF -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
+	    -DCMAKE_CXX_COMPILER=$(AARCH64)-g++ && \
+	  $(CMAKE) --build build/aarch64 --parallel $(shell nproc) --target hff_cases && \
+	  qemu-aarch64 -L /usr/$(AARCH64) build/aarch64/hff_cases test --only $(AARCH64_ROWS) \
+	    $(TRIALS:%=--trials %) && \
+	  qemu-aarch64 -L /usr/$(AARCH64) build/aarch64/hff_cases fuzz $(TRIALS:%=--trials %00); \
 	fi
 
 clean:
