@@ -28,7 +28,10 @@ Engine& engine() {
 constexpr int kMostResident = 4;       // clusters, where not all must be
 constexpr unsigned char kTail = 0xa5;  // behind a block's shared memory
 
-size_t page() { return static_cast<size_t>(sysconf(_SC_PAGESIZE)); }
+size_t page() {
+  static const size_t bytes = static_cast<size_t>(sysconf(_SC_PAGESIZE));
+  return bytes;
+}
 size_t whole_pages(size_t bytes) { return (bytes + page() - 1) / page() * page(); }
 
 }  // namespace
@@ -258,7 +261,8 @@ void Engine::end_cta(Cta* cta, const Fiber* last) {
            static_cast<long long>(barrier.bytes));
     }
   }
-  for (size_t i = shared; i < whole_pages(shared); ++i) {
+  const size_t mapped = whole_pages(shared);
+  for (size_t i = shared; i < mapped; ++i) {
     if (static_cast<unsigned char>(cta->arena[i]) != kTail)
       stop(last, "the block wrote shared + %zu, it has %zu bytes", i, shared);
   }

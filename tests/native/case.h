@@ -67,6 +67,7 @@ struct Field {
     kBytes,
     kPointer,
     kFloat,
+    kDouble,
     kStructSize,
     kThreads,
     kCell,
@@ -232,6 +233,7 @@ struct Design {
   Size size = Size::kNormal;
   int32_t dtype = -1;
   bool nan_behind_mask = false;
+  int64_t room = 0;    // model: one token a row, with ids, logits and caches for as many more
   bool exact = false;  // integers (linear) or one visible key (attend): bit equality is asked
   // Benchmarks: fixed shapes.
   int64_t hidden = 0, width = 0, heads = 0, past = -1, queries = 0, batch = 0, layers = 0,

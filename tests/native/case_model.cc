@@ -216,6 +216,7 @@ class ModelCase : public CaseOf<ModelCase> {
       list_fields(fields, sampling.uniforms, "sampling.uniforms");
       fields.push_back({Field::kFloat, &sampling.temperature, "sampling.temperature"});
       fields.push_back({Field::kSize, &sampling.top_k, "sampling.top_k"});
+      fields.push_back({Field::kDouble, &sampling.top_p, "sampling.top_p"});
     }
     fields.push_back({Field::kSize, &io.keep, "io.keep"});
     fields.push_back({Field::kSize, &io.steps, "io.steps"});
@@ -277,7 +278,7 @@ class ModelCase : public CaseOf<ModelCase> {
   void fill_inputs(Random& random) {
     embedding_ = arena.input(dtype_, vocab_ * hidden_);
     fill_uniform(random, embedding_, 1.7);
-    if (call_.starts || random.chance(0.3)) {
+    if (call_.room == 0 && (call_.starts || random.chance(0.3))) {
       x_ = arena.input(dtype_, call_.rows() * hidden_);
       fill_uniform(random, x_, 1.7);
       return;
@@ -295,7 +296,7 @@ class ModelCase : public CaseOf<ModelCase> {
   void add_outputs(Random& random, bool designed) {
     // of many rows a result without logits lends its memory to the layers
     const double chance = call_.rows() > CallData::kFewRows ? 0.4 : 0.7;
-    const bool with_head = designed || (!call_.starts && random.chance(chance));
+    const bool with_head = designed || call_.room > 0 || (!call_.starts && random.chance(chance));
     if (!with_head || random.chance(0.3)) {
       hidden_out_ = arena.output(dtype_, call_.rows() * hidden_);
       in_place_ = x_ && !on_device() && random.chance(0.5);

@@ -99,7 +99,7 @@ struct MaskData {
 // dtype, rows, positions, rotary tables and mask: what hff_call holds.
 struct CallData {
   int32_t dtype = HFF_F32, precision = HFF_PRECISION_HIGHEST;
-  int64_t batch = 1, queries = 1, past = 0;
+  int64_t batch = 1, queries = 1, past = 0, room = 0;  // room: for as many more steps, at least
   bool causal = true, cached = true;
   Array starts;  // int64 (batch + 1), or none: every sequence has `queries` rows
   Array positions, cos, sin;

@@ -58,7 +58,7 @@ void fill_starts(Random& random, Arena& arena, CallData& call) {
 void fill_rotary(Random& random, Arena& arena, const HeadsData& heads, CallData& call) {
   const int64_t dim = heads.rotary_dim;
   const bool shared = random.chance(0.4), anywhere = random.chance(0.2);
-  call.rope_rows = call.keys() + random.range(0, 5);
+  call.rope_rows = call.keys() + call.room + random.range(0, 5);
   if (dim == 0 && random.chance(0.5)) {
     call.rope_rows = 0;
     return;
@@ -110,7 +110,7 @@ void fill_mask(Random& random, Arena& arena, CallData& call, int32_t kind, bool 
   MaskData& mask = call.mask;
   mask.kind = kind;
   if (kind == HFF_MASK_NONE) return;
-  mask.keys = call.keys() + (random.chance(0.4) ? random.range(1, 20) : 0);
+  mask.keys = call.keys() + call.room + (random.chance(0.4) ? random.range(1, 20) : 0);
   const bool shared_batch = random.chance(0.3), shared_query = one_for_all || random.chance(0.3);
   mask.key_stride = random.pick<int64_t>({1, 1, 1, 2});
   const int64_t row = (mask.keys - 1) * mask.key_stride + 1;
@@ -192,12 +192,14 @@ CallData draw_call(Random& random, Arena& arena, const Design& design, int32_t d
   call.dtype = dtype;
   call.precision = draw_precision(random);
   draw_rows(random, tiny, call);
+  call.room = design.room;
+  if (design.room > 0) call.queries = 1;
   call.past = random.pick<int64_t>({0, 1, 2, 7, 15, 16, 17, 31, 33, 63, 64, 65, 127,
                                     random.range(0, 200), random.range(0, 600),
                                     random.range(500, 530), random.range(1000, 1100)});
   if (tiny) call.past = random.range(0, 9);
   if (call.rows() > 16) call.past = std::min<int64_t>(call.past, 6000 / call.rows());
-  call.cached = on_device() || random.chance(0.7);
+  call.cached = on_device() || design.room > 0 || random.chance(0.7);
   call.causal = random.chance(call.cached ? 0.9 : 0.5);
   bool ragged = !call.cached && random.chance(0.4);
   if (designed) {
@@ -224,8 +226,8 @@ CallData draw_call(Random& random, Arena& arena, const Design& design, int32_t d
 CacheData draw_cache(Random& random, Case& c, const Design& design, const CallData& call,
                      const HeadsData& heads) {
   if (!call.cached) return {};
-  const CacheData cache =
-      CacheData::random(random, c.arena, call.dtype, call.batch, heads, call.past, call.queries);
+  const CacheData cache = CacheData::random(random, c.arena, call.dtype, call.batch, heads,
+                                            call.past, call.queries + call.room);
   c.lengths.push_back(cache.length);
   c.capacities.push_back(cache.capacity);
   c.queries = call.queries;

@@ -8,6 +8,7 @@
 #include <iterator>
 #include <map>
 
+#include "spoil.h"
 #include "trial.h"
 
 namespace hff_test {
@@ -78,25 +79,7 @@ void spoil_pointer(Random& random, std::vector<Field>& fields, size_t at) {
   std::memcpy(fields[at].where, &pointer, sizeof pointer);
 }
 
-// Copies of panels, spoilt, for as long as a call may read them.
-class Panels {
- public:
-  // `packed` becomes a copy, byte `at` of it flipped.
-  void spoil(hff_input* packed, int64_t at) {
-    constexpr uintptr_t kLine = 64;
-    all_.emplace_back(static_cast<size_t>(packed->bytes) + kLine);
-    char* copy = all_.back().data();
-    copy += (kLine - reinterpret_cast<uintptr_t>(copy) % kLine) % kLine;
-    std::memcpy(copy, packed->data, static_cast<size_t>(packed->bytes));
-    copy[at] = static_cast<char>(~copy[at]);
-    packed->data = copy;
-  }
-  void clear() { all_.clear(); }
-
- private:
-  std::vector<std::vector<char>> all_;
-} panels;
-constexpr int64_t kHeader = 40;  // bytes that tell panels from others
+Panels panels;
 
 void spoil_panels(Random& random, const Field& field) {
   auto* packed = static_cast<hff_input*>(field.where);
@@ -129,6 +112,12 @@ void spoil_field(Random& random, std::vector<Field>& fields, size_t at, bool* ce
     case Field::kFloat: {
       const float value =
           random.pick({std::nanf(""), HUGE_VALF, -HUGE_VALF, -1.0f, 0.0f, 1e-42f, 3e38f});
+      std::memcpy(field.where, &value, sizeof value);
+      break;
+    }
+    case Field::kDouble: {
+      const double value =
+          random.pick({std::nan(""), HUGE_VAL, -HUGE_VAL, -1.0, 0.0, 1e-310, 1.0, 1.5, 1e300});
       std::memcpy(field.where, &value, sizeof value);
       break;
     }
@@ -286,99 +275,6 @@ bool run_null(const Options& options, const std::string& isa) {
     tally.end(hff_use_openmp(pass(0), pass(1), pass(2)) == HFF_INVALID
                   ? ""
                   : "hff_use_openmp took a part");
-  }
-  return tally.print();
-}
-
-using Named = std::map<std::string, void*>;
-
-int64_t size_of(const Named& fields, const char* name) {
-  return *static_cast<int64_t*>(fields.at(name));
-}
-
-// A value that contradicts the rest of a valid call whatever its shape; false where the field does
-// not count here.
-bool contradict(Random& random, const Field& field, const Named& fields) {
-  const std::string name = field.name;
-  const auto set = [&field](int64_t value) {
-    return *static_cast<int64_t*>(field.where) = value, true;
-  };
-  if (field.kind == Field::kStructSize) return set(size_of(fields, field.name) + 8);
-  if (field.kind == Field::kThreads) return *static_cast<int32_t*>(field.where) = 0, true;
-  if (field.kind == Field::kPanels) {
-    panels.spoil(static_cast<hff_input*>(field.where), random.range(0, kHeader - 1));
-    return true;
-  }
-  if (name == "v.weight") return *static_cast<void**>(field.where) = nullptr, true;
-  if (name == "starts[0]") return set(random.pick<int64_t>({-1, 1, INT64_MIN, INT64_MAX}));
-  if (name == "io.block_queries" || name == "io.block_keys") return set(1 << 20);
-  if (name == "io.window" || name == "io.queries" || name == "io.keys" || name == "io.batch")
-    return set(-1);
-  if (name == "io.head_dim") return set(HFF_MAX_HEAD_DIM + 1);
-  if (name == "io.kv_heads") return set(size_of(fields, "io.heads") + 1);
-  if (name == "io.kernel") return *static_cast<int32_t*>(field.where) = 3, true;
-  if (name == "mask.kind" || name == "call.dtype" || name == "call.causal" || name == "io.dtype" ||
-      name == "io.causal" || name == "io.activation" || name == "io.stage" ||
-      name == "io.precision" || name == "call.precision" || name == "call.plan" ||
-      name == "norm.kind" || name == "heads.qkv_layout" || name == "block.residual" ||
-      name == "block.activation") {
-    return *static_cast<int32_t*>(field.where) = 17, true;
-  }
-  if (name == "call.ordinal" || name == "io.ordinal")
-    return *static_cast<int32_t*>(field.where) = -1, true;
-  // no such device; or CUDA, which a step without a workspace does not get even where it is
-  if (name == "io.device") return *static_cast<int32_t*>(field.where) = 7, true;
-  if (name == "call.device")
-    return *static_cast<int32_t*>(field.where) = random.pick<int32_t>({HFF_DEVICE_CUDA, 7}), true;
-  if (name == "io.next" && field.kind == Field::kPointer) return set(1);  // misaligned
-  if (name == "io.steps") return set(-1);
-  if (name == "norm.eps" || name == "heads.scale" || name == "io.scale")
-    return *static_cast<float*>(field.where) = HUGE_VALF, true;
-  if (field.kind != Field::kSize && field.kind != Field::kCell) return false;
-  if (name == "linear.row_stride") return set(size_of(fields, "linear.cols") - 1);
-  if (name == "cache.token_stride" || name == "cache.head_stride" || name == "cache.batch_stride") {
-    return set(size_of(fields, "heads.head_dim") - 1);
-  }
-  if (name == "cache.capacity") return set(size_of(fields, "cache.length[0]"));
-  if (name == "heads.head_dim") return set(HFF_MAX_HEAD_DIM + 1);
-  if (name == "heads.rotary_dim") return set(size_of(fields, field.name) + 1);
-  if (name == "heads.kv_heads") return set(size_of(fields, "heads.heads") + 1);
-  if (name == "io.qkv_row_stride") return set(size_of(fields, field.name) / 2);
-  if (name == "call.batch" || name == "call.queries" || name == "io.hidden" ||
-      name == "heads.heads" || name == "model.hidden" || name == "block.hidden" ||
-      name == "block.mlp_width" || name == "linear.rows" || name == "linear.cols" ||
-      name == "cache.length[0]") {
-    return set(name == "cache.length[0]" ? -1 : 0);
-  }
-  return false;
-}
-
-// Every field that counts, one at a time: the call must be refused.
-bool run_refusals(const Options& options, const std::string& isa) {
-  Tally tally(options, "refuse", "row 8 single contradictions", isa);
-  for (int64_t i = 0; i < options.count(20000); ++i) {
-    const uint64_t seed = options.seed + static_cast<uint64_t>(i);
-    Random random(seed);
-    const Kernel& kernel = pick_kernel(random, options);
-    tally.begin(seed, kernel.name);
-    Design design;
-    design.size = Size::kTiny;
-    const auto c = kernel.make(random, design);
-    c->seal();
-    std::string name;
-    const hff_status status = c->call_changed([&](std::vector<Field>& fields) {
-      Named by_name;
-      const size_t at = static_cast<size_t>(random.next() % fields.size());
-      // a field's neighbours: the nearest of each name at or before it, then any after
-      for (size_t f = 0; f < fields.size(); ++f) {
-        if (f <= at) by_name[fields[f].name] = fields[f].where;
-        by_name.emplace(fields[f].name, fields[f].where);
-      }
-      if (contradict(random, fields[at], by_name)) name = fields[at].name;
-    });
-    panels.clear();
-    tally.describe(name + " contradicts " + c->kernel() + " " + c->shape());
-    tally.end(name.empty() || status ? "" : "taken");
   }
   return tally.print();
 }

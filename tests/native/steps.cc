@@ -19,6 +19,7 @@ std::unique_ptr<Case> draw_steps(Random& random) {
   for (;;) {
     Design design;
     design.size = random.chance(0.5) ? Size::kTiny : Size::kNormal;
+    design.room = random.range(1, kMostSteps);
     auto c = make_model(random, design);
     if (c->most_steps() > 1) return c;
   }

@@ -108,6 +108,7 @@ bool run_values(const Options& options, const std::string& isa);
 bool run_unsupported(const Options& options, const std::string& isa);
 bool run_schedules(const Options& options, const std::string& isa);
 bool run_fuzz(const Options& options, const std::string& isa);
+bool run_refusals(const Options& options, const std::string& isa);
 bool run_bench(const Options& options, const std::string& isa);
 
 }  // namespace hff_test
