@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -223,40 +224,34 @@ def own_loop(
     model: nn.Module, prompt: torch.Tensor, new_tokens: int, **options: Any
 ) -> tuple[float, tuple[float, ...], torch.Tensor]:
     """As `generate`, by hf_fusion.generate."""
-
-    def run(count: int) -> torch.Tensor:
-        call = {"max_new_tokens": count, "eos_token_id": (), **options}
-        return hf_fusion.generate(model, prompt, **call)
-
-    return _as_a_whole(run, prompt.shape[1], new_tokens)
+    watch = _Stopwatch()
+    call = {"max_new_tokens": new_tokens, "eos_token_id": (), "streamer": watch, **options}
+    output = hf_fusion.generate(model, prompt, **call)
+    return *_evened(watch.times), output[:, prompt.shape[1] :]
 
 
 def custom_loop(
     model: nn.Module, prompt: torch.Tensor, new_tokens: int, **options: Any
 ) -> tuple[float, tuple[float, ...], torch.Tensor]:
     """As `generate`, with hf_fusion.custom_generate."""
-
-    def run(count: int) -> torch.Tensor:
-        return model.generate(
-            prompt,
-            attention_mask=torch.ones_like(prompt),
-            max_new_tokens=count,
-            custom_generate=hf_fusion.custom_generate,
-            **{"do_sample": False, **options},
-        )
-
-    return _as_a_whole(run, prompt.shape[1], new_tokens)
+    watch = _Stopwatch()
+    output = model.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=new_tokens,
+        custom_generate=partial(hf_fusion.custom_generate, streamer=watch),
+        **{"do_sample": False, **options},
+    )
+    return *_evened(watch.times), output[:, prompt.shape[1] :]
 
 
-def _as_a_whole(run: Callable[[int], torch.Tensor], prompt: int, new_tokens: int) -> tuple:
-    """Every later token took the mean of them all, beyond a generation of one token."""
-    times = [time.perf_counter()]
-    for count in (1, new_tokens):
-        tokens = run(count)
-        times.append(time.perf_counter())
-    first, whole = times[1] - times[0], times[2] - times[1]
-    later = new_tokens - 1
-    return first, ((whole - first) / max(later, 1),) * later, tokens[:, prompt:]
+def _evened(times: list[float]) -> tuple[float, tuple[float, ...]]:
+    """(prefill seconds, of each later token the mean of them all): those of one native call are
+    handed over at once.
+    """
+    begin, first, *later = times
+    count = len(later)
+    return first - begin, ((times[-1] - first) / max(count, 1),) * count
 
 
 def interleave(
