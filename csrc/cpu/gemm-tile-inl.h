@@ -8,7 +8,7 @@
 namespace hff {
 namespace HFF_ISA {
 
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) || defined(__aarch64__)
 constexpr int kTileRows = 14;  // 28 sums, 2 weights, 1 input of 32 registers
 #else
 constexpr int kTileRows = 6;  // 12, 2, 1 of 16

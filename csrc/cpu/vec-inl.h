@@ -9,6 +9,8 @@
 
 #if defined(__AVX2__) || defined(__AVX512F__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 namespace hff {
@@ -217,7 +219,7 @@ HFF_INLINE void store(F a, f16* p) {
 }
 
 #else
-// ---- portable C++: the compiler's own vectors, of SSE2's and NEON's size -------------------------
+// ---- portable C++: the compiler's own vectors of SSE2's and NEON's size -------------------------
 
 constexpr int kLanes = 4;
 using Floats = float __attribute__((vector_size(16)));
@@ -240,7 +242,6 @@ HFF_INLINE F add(F a, F b) { return {a.v + b.v}; }
 HFF_INLINE F sub(F a, F b) { return {a.v - b.v}; }
 HFF_INLINE F mul(F a, F b) { return {a.v * b.v}; }
 HFF_INLINE F div(F a, F b) { return {a.v / b.v}; }
-HFF_INLINE F fma(F a, F b, F c) { return {a.v * b.v + c.v}; }
 HFF_INLINE Bits either(Flags flags, Bits yes, Bits no) {
   return (Bits(flags) & yes) | (~Bits(flags) & no);
 }
@@ -281,11 +282,21 @@ HFF_INLINE F load(const float* p) {
   return out;
 }
 HFF_INLINE F load(const bf16* p) { return {Floats(load_halves<true>(p))}; }
+#if defined(__aarch64__)
+HFF_INLINE F fma(F a, F b, F c) { return {vfmaq_f32(c.v, a.v, b.v)}; }
+HFF_INLINE F load(const f16* p) {
+  float16x4_t four;
+  std::memcpy(&four, p, sizeof four);
+  return {vcvt_f32_f16(four)};
+}
+#else
+HFF_INLINE F fma(F a, F b, F c) { return {a.v * b.v + c.v}; }
 HFF_INLINE F load(const f16* p) {  // as to_float, but a signalling NaN stays one
   const Bits words = load_halves<false>(p), sign = (words & 0x8000) << 16;
   const Flags body = Flags(words & 0x7fff), finite = Flags(Floats(body << 13) * 0x1p112f);
   return {Floats(sign | Bits(finite | ((body > 0x7bff) & 0x7f800000)))};
 }
+#endif
 HFF_INLINE void store(F a, float* p) { std::memcpy(p, &a, sizeof a); }
 HFF_INLINE void store(F a, bf16* p) {  // as from_float
   const Bits bits = Bits(a.v), up = bits + 0x7fff + (bits >> 16 & 1);
