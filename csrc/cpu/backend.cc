@@ -11,14 +11,10 @@
 
 #if defined(__linux__)
 #include <sys/mman.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
-#if defined(HFF_X86_KERNELS)
-#include <cpuid.h>
 #endif
 
 #include "cpu/arena.h"
+#include "cpu/features.h"
 #include "cpu/team.h"
 
 namespace hff {
@@ -26,9 +22,9 @@ namespace hff {
 #define HFF_DECLARE_ISA(isa)     \
   namespace isa {                \
   extern const Backend kBackend; \
+  const char* absent();          \
   }
 HFF_DECLARE_ISA(scalar)
-#if defined(HFF_X86_KERNELS)
 HFF_DECLARE_ISA(avx2)
 HFF_DECLARE_ISA(avx512)
 HFF_DECLARE_ISA(avx512_bf16)
@@ -39,72 +35,40 @@ bool tiles_checked();
 #if defined(HFF_FAULTS)
 HFF_DECLARE_ISA(amx_emulated)
 #endif
-#endif
 
 namespace {
 
 struct Isa {
   const char* name;
-  const Backend* backend;    // null: not in this build
-  const char* (*missing)();  // null result: this CPU has it
+  const Backend* backend;
+  const char* (*absent)();  // from this build
+  const char* (*lacked)();  // by this machine
+
+  // Why it cannot be had; null: it can.
+  const char* missing() const {
+    const char* why = absent();
+    return why != nullptr ? why : lacked();
+  }
 };
 
-const char* nothing_missing() { return nullptr; }
+const char* lacks_nothing() { return nullptr; }
 
-#if defined(HFF_X86_KERNELS)
-// __builtin_cpu_supports asks the operating system's XCR0 too, so a state the kernel does not save
-// counts as absent.
-const char* missing_avx2() {
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                 __builtin_cpu_supports("f16c")
-             ? nullptr
-             : "this CPU lacks AVX2, FMA or F16C";
+// Virtual machines have been seen to advertise tiles without having them: tried, once.
+const char* lacks_working_tiles() {
+  if (lacks_amx() != nullptr) return lacks_amx();
+  static const bool checked = amx::tiles_checked();
+  return checked ? nullptr : "the AMX tiles of this CPU compute wrong values";
 }
-const char* missing_avx512() {
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                 __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")
-             ? missing_avx2()
-             : "this CPU lacks AVX-512 F, BW, DQ or VL";
-}
-const char* missing_avx512_bf16() {
-  return __builtin_cpu_supports("avx512bf16") ? missing_avx512() : "this CPU lacks AVX512_BF16";
-}
-// Tiles are state that Linux saves only for a process that has asked, and that virtual machines
-// have been seen to advertise without: asked for once, and tried.
-const char* ask_for_amx() {
-  unsigned a = 0, b = 0, c = 0, d = 0;
-  if (__get_cpuid_count(7, 0, &a, &b, &c, &d) == 0 || (d >> 22 & 1) == 0 || (d >> 24 & 1) == 0)
-    return "this CPU lacks AMX tiles of bf16";
-#if defined(__linux__)
-  constexpr long kRequestPermission = 0x1023, kTileData = 18;
-  if (syscall(SYS_arch_prctl, kRequestPermission, kTileData) != 0)
-    return "the kernel does not give this process AMX state";
-  if (missing_avx512_bf16() != nullptr) return missing_avx512_bf16();
-  return amx::tiles_checked() ? nullptr : "the AMX tiles of this CPU compute wrong values";
-#else
-  return "AMX is asked for on Linux only";
-#endif
-}
-const char* missing_amx() {
-  static const char* const missing = ask_for_amx();
-  return missing;
-}
-const Isa kIsas[] = {{"scalar", &scalar::kBackend, nothing_missing},
-                     {"avx2", &avx2::kBackend, missing_avx2},
-                     {"avx512", &avx512::kBackend, missing_avx512},
-                     {"avx512_bf16", &avx512_bf16::kBackend, missing_avx512_bf16},
+
+const Isa kIsas[] = {
+    {"scalar", &scalar::kBackend, scalar::absent, lacks_nothing},
+    {"avx2", &avx2::kBackend, avx2::absent, lacks_avx2},
+    {"avx512", &avx512::kBackend, avx512::absent, lacks_avx512},
+    {"avx512_bf16", &avx512_bf16::kBackend, avx512_bf16::absent, lacks_avx512_bf16},
 #if defined(HFF_FAULTS)
-                     {"amx_emulated", &amx_emulated::kBackend, missing_avx512_bf16},
+    {"amx_emulated", &amx_emulated::kBackend, amx_emulated::absent, lacks_avx512_bf16},
 #endif
-                     {"amx", &amx::kBackend, missing_amx}};
-#else
-const char* not_x86() { return "built for another architecture than x86-64"; }
-const Isa kIsas[] = {{"scalar", &scalar::kBackend, nothing_missing},
-                     {"avx2", nullptr, not_x86},
-                     {"avx512", nullptr, not_x86},
-                     {"avx512_bf16", nullptr, not_x86},
-                     {"amx", nullptr, not_x86}};
-#endif
+    {"amx", &amx::kBackend, amx::absent, lacks_working_tiles}};
 constexpr int kIsaCount = sizeof(kIsas) / sizeof(kIsas[0]);
 
 std::atomic<const Isa*> g_isa{nullptr};

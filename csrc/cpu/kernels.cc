@@ -114,6 +114,9 @@ bool tiles_checked();
 bool tiles_checked() { return tiles_work(); }
 #endif
 
+const char* absent();
+const char* absent() { return nullptr; }
+
 extern const Backend kBackend;
 const Backend kBackend = {model, block,       linear,  norm,   packed_bytes, packed_fits,
                           pack,  read_stream, nullptr, attend, plan_attend};

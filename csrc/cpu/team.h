@@ -6,7 +6,7 @@
 // fork, whose OpenMP threads are gone, the team is ours: workers woken per call that spin about 50
 // us between calls and then sleep. The width a function receives is smaller than asked for where
 // threads cannot be had: the team is busy with another caller, or the system refuses. Results never
-// depend on it. Threads take the caller's MXCSR for the call.
+// depend on it. Threads take the caller's floating-point mode for the call.
 #pragma once
 
 #include <atomic>
