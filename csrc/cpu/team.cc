@@ -7,11 +7,17 @@
 #include <sched.h>
 #include <signal.h>
 
+#include <climits>
 #include <condition_variable>
 #include <mutex>
 #include <new>
 #include <thread>
 
+#if defined(__linux__)
+#include <linux/futex.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #if defined(__x86_64__)
 #include <xmmintrin.h>
 #endif
@@ -29,6 +35,7 @@ struct Team {
   std::atomic<int> sleepers{0};
   alignas(64) std::atomic<uint64_t> ticket{0};  // serial << 8 | width
   alignas(64) std::atomic<int> pending{0};
+  Turn done;  // serial of the last job that all workers have left
   TeamFunction function = nullptr;
   void* context = nullptr;
   uint64_t float_mode = 0;
@@ -89,7 +96,8 @@ void worker_main(Team* team, int thread, uint64_t seen) {
     if (thread >= width) continue;
     set_float_mode(team->float_mode);
     team->function(team->context, thread, width);
-    team->pending.fetch_sub(1, std::memory_order_acq_rel);
+    if (team->pending.fetch_sub(1, std::memory_order_acq_rel) == 1)
+      team->done.set(static_cast<uint32_t>(seen >> 8));
   }
 }
 
@@ -149,12 +157,24 @@ void use_openmp(const OpenMp* openmp) {
   g_openmp.store(openmp != nullptr ? &g_openmp_storage : nullptr, std::memory_order_release);
 }
 
-void spin_or_yield(int spins) {
-  if (spins < 4000) {
-    cpu_pause();
-  } else {
+// A sleeper counts itself before the kernel compares the number, and who sets it looks for sleepers
+// after: one of the two sees the other.
+void Turn::sleep_while(uint32_t number) {
+  sleepers_.fetch_add(1, std::memory_order_seq_cst);
+  while (number_.load(std::memory_order_seq_cst) == number) {
+#if defined(__linux__)
+    syscall(SYS_futex, &number_, FUTEX_WAIT_PRIVATE, number, nullptr, nullptr, 0);
+#else
     sched_yield();
+#endif
   }
+  sleepers_.fetch_sub(1, std::memory_order_relaxed);
+}
+
+void Turn::wake() {
+#if defined(__linux__)
+  syscall(SYS_futex, &number_, FUTEX_WAKE_PRIVATE, INT_MAX, nullptr, nullptr, 0);
+#endif
 }
 
 void run_on_team(int width, TeamFunction function, void* context, Barrier* barrier) {
@@ -175,15 +195,14 @@ void run_on_team(int width, TeamFunction function, void* context, Barrier* barri
   team->context = context;
   team->float_mode = float_mode();
   team->pending.store(width - 1, std::memory_order_relaxed);
-  const uint64_t serial = (team->ticket.load(std::memory_order_relaxed) >> 8) + 1;
+  const uint64_t last = team->ticket.load(std::memory_order_relaxed) >> 8, serial = last + 1;
   team->ticket.store(serial << 8 | static_cast<uint64_t>(width), std::memory_order_seq_cst);
   if (team->sleepers.load(std::memory_order_seq_cst) > 0) {
     std::lock_guard<std::mutex> lock(team->sleep_mutex);
     team->sleep_cv.notify_all();
   }
   function(context, 0, width);
-  for (int spins = 0; team->pending.load(std::memory_order_acquire) > 0; ++spins)
-    spin_or_yield(spins);
+  team->done.wait_while(static_cast<uint32_t>(last));
 }
 
 }  // namespace hff

@@ -40,9 +40,32 @@ HFF_ALWAYS_INLINE void cpu_pause() {
 #endif
 }
 
-// Spins, then yields the processor: a waiter must not starve the thread it waits for where cores
-// are fewer than threads.
-void spin_or_yield(int spins);
+// A number that threads wait for to change: they spin for kSpins pauses, 50 to 200 us, and then
+// sleep. Where cores are fewer than runnable threads, a core that falls idle takes over the thread
+// that is waited for; one that only yields does not.
+class Turn {
+ public:
+  HFF_ALWAYS_INLINE uint32_t now() const { return number_.load(std::memory_order_acquire); }
+  HFF_ALWAYS_INLINE void wait_while(uint32_t number) {
+    for (int spins = 0; spins < kSpins; ++spins) {
+      if (now() != number) return;
+      cpu_pause();
+    }
+    sleep_while(number);
+  }
+  HFF_ALWAYS_INLINE void set(uint32_t number) {
+    number_.store(number, std::memory_order_seq_cst);
+    if (sleepers_.load(std::memory_order_seq_cst) > 0) wake();
+  }
+
+ private:
+  static constexpr int kSpins = 4000;
+  void sleep_while(uint32_t number);
+  void wake();
+
+  alignas(64) std::atomic<uint32_t> number_{0};
+  std::atomic<int> sleepers_{0};
+};
 
 // A reusable barrier of `width` threads inside one run.
 class Barrier {
@@ -52,21 +75,18 @@ class Barrier {
   HFF_ALWAYS_INLINE void wait() {
     const int width = width_.load(std::memory_order_relaxed);
     if (width == 1) return;
-    const uint32_t generation = generation_.load(std::memory_order_acquire);
+    const uint32_t generation = generation_.now();
     if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == width) {
       arrived_.store(0, std::memory_order_relaxed);
-      generation_.store(generation + 1, std::memory_order_release);
-      return;
+      return generation_.set(generation + 1);
     }
-    for (int spins = 0; generation_.load(std::memory_order_acquire) == generation; ++spins) {
-      spin_or_yield(spins);
-    }
+    generation_.wait_while(generation);
   }
 
  private:
   std::atomic<int> width_{1};
   alignas(64) std::atomic<int> arrived_{0};
-  alignas(64) std::atomic<uint32_t> generation_{0};
+  Turn generation_;
 };
 
 // Hands out units 0 .. n-1, each once, in rising order.
