@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -26,8 +28,17 @@ FOUND = {
         {"contender": "stock, eager", "parity": None, **SPEED},
     ],
     "small": [{"head_dim": 32, "rung": "attention", "passed": True}],
-    "sanitizer": [{"tool": "memcheck", "status": 0, "passed": True}],
+    "sanitizer": [{"tool": "memcheck", "status": 0, "outcome": "passed", "passed": True}],
 }  # fmt: skip
+
+
+@pytest.fixture
+def script() -> str:
+    """Path of scripts/gpu_check.sh."""
+    path = ROOT / "scripts" / "gpu_check.sh"
+    if not path.exists():
+        pytest.skip("the tests run apart from their tree")
+    return str(path)
 
 
 def report(folder: Path, found: dict, complete: bool = True) -> tuple[int, str]:
@@ -48,7 +59,7 @@ def test_the_report_puts_a_verdict_beside_every_speed(tmp_path, capsys):
     first = "| full, token | graph replay | 32 | 2.000 | 0.75 | passed, error 0.50 x stock's |"
     assert first in page
     assert "| stock, eager | graph replay | 32 | 2.000 | 0.75 | stock |" in page
-    assert capsys.readouterr().out.splitlines()[-1] == "sanitizer: 1 rows, 0 failed, complete"
+    assert capsys.readouterr().out.splitlines()[-1] == "sanitizer: memcheck passed"
 
 
 @pytest.mark.parametrize("part", ("parity", "speed", "small", "sanitizer"))
@@ -67,12 +78,64 @@ def test_what_is_missing_or_cut_off_fails_the_check(tmp_path):
     assert status == 1 and "cut off" in page
 
 
+STUBS = {
+    "nvidia-smi": "echo 'GPU 0: stub'",
+    # a library for the target that is asked for, and what it was configured with
+    "cmake": """
+        [[ $1 == --build ]] && touch "$2/libhf_fusion.so" && exit
+        while [[ $1 != -B ]]; do shift; done
+        mkdir -p "$2" && echo "$@" >"$2/options" """,
+    # what the parts would leave; where Python would have found the package
+    "python": """
+        [[ $1 == -c ]] && { [[ $2 == *capability* ]] && echo 90; exit 0; }
+        "$REAL" -c 'import importlib.util as u; print(u.find_spec("hf_fusion").origin)' >>"$LOG"
+        echo "$@" >>"$LOG"
+        [[ $3 != "${FAILS:-}" ]] || exit 1
+        [[ $2 == *.gpu_report ]] || cp "$FOUND/$3.json" "$5" """,
+    "compute-sanitizer": """
+        echo "$@" >>"$LOG"
+        while [[ $1 != */python ]]; do shift; done
+        exec "$@" """,
+}
+
+
+@pytest.mark.parametrize("fails", ("", "small"))
+def test_every_part_runs_from_the_package_that_was_built(script, tmp_path, fails):
+    """The script from end to end, every program that it calls a stub."""
+    programs, found, log, build = (tmp_path / name for name in ("bin", "found", "log", "build"))
+    programs.mkdir()
+    found.mkdir()
+    for name, lines in STUBS.items():
+        (programs / name).write_text("#!/usr/bin/env bash\n" + lines)
+        (programs / name).chmod(0o755)
+    for part in FOUND:
+        (found / f"{part}.json").write_text("{}")
+    given = {"LOG": log, "FOUND": found, "FAILS": fails, "REAL": sys.executable, "BUILD": build}
+    path = f"{programs}{os.pathsep}{os.environ['PATH']}"
+    environment = os.environ | {name: str(value) for name, value in given.items()}
+    environment |= {"PATH": path, "PYTHON": str(programs / "python"), "PYTHONPATH": ""}
+    done = subprocess.run(
+        ["bash", script], capture_output=True, text=True, env=environment, timeout=120
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "-DHFF_WATCHDOG=ON" in (build / "watchdog/options").read_text()
+    assert "WATCHDOG" not in (build / "options").read_text()
+    lines = log.read_text().splitlines()
+    origins = [line for line in lines if line.endswith("hf_fusion/__init__.py")]
+    ran = [line.split()[2] for line in lines if line.startswith("-m hf_fusion.harness.gpu ")]
+    larger = [] if fails else ["parity", "speed"]
+    assert ran == ["stream", "small", *larger, "small", "small", "small"]
+    homes = [Path(origin).parent.parent for origin in origins]
+    assert homes[:2] == [build / "site", build / "watchdog/site"]
+    assert set(homes[2:]) == {build / "site"}
+    tools = json.loads((build / "parts/sanitizer.json").read_text())["rows"]
+    assert [row["tool"] for row in tools] == ["memcheck", "racecheck", "synccheck"]
+    assert {row["outcome"] for row in tools} == {"failed" if fails else "passed"}
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
-def test_without_a_gpu_the_check_says_so(tmp_path, capsys):
-    script = ROOT / "scripts" / "gpu_check.sh"
-    if not script.exists():
-        pytest.skip("the tests run apart from their tree")
-    done = subprocess.run(["bash", str(script)], capture_output=True, text=True)
+def test_without_a_gpu_the_check_says_so(script, tmp_path, capsys):
+    done = subprocess.run(["bash", script], capture_output=True, text=True)
     assert done.returncode == 2 and "no GPU" in done.stderr
     assert gpu.main(["stream", "--out", str(tmp_path / "stream.json")]) == 2
     assert "no GPU" in capsys.readouterr().err

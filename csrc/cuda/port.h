@@ -47,7 +47,7 @@
 //   uint32_t load_acquire(const uint32_t*), add_acq_rel(uint32_t*, uint32_t)   add returns the old
 //   void store_relaxed(uint32_t*, uint32_t)
 //   void wait_for(const uint32_t* counter, uint32_t target)   spins until counter - target, as a
-//     signed number, is not negative; acquire. HFF_WATCHDOG builds trap after 2 s.
+//     signed number, is not negative; acquire. With HFF_WATCHDOG it traps after 2 s.
 //   T load_fresh(const T*)   what another block of this kernel wrote, past L1; 2, 4, 8 or 16 bytes
 //
 // Programmatic dependent launch (sm_90 and up; nothing elsewhere)

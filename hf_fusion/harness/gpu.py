@@ -11,7 +11,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,12 @@ RUNGS = {
     "full, chain": ("full", "chain"),
     "full, token": ("full", "token"),
 }
+HEAD_DIMS = (32, 64, 80, 96, 128)  # of the small steps
 SPEED_MODEL, SPEED_CONTEXTS = "pythia-2.8b", (32, 1984)
+LOOPS = {
+    "loop on the device": {},
+    "the same, tokens drawn": {"do_sample": True, "top_k": 50, "top_p": 0.95},
+}
 STREAM_BYTES = 8 << 30
 
 
@@ -212,8 +217,8 @@ def _generations(model: nn.Module, context: int, **options: Any) -> Callable[[in
     return run
 
 
-def _looped(model: nn.Module, ids: torch.Tensor) -> Callable[[int], Any]:
-    return lambda count: hf_fusion.generate(model, ids, max_new_tokens=count)
+def _looped(model: nn.Module, ids: torch.Tensor, **options: Any) -> Callable[[int], Any]:
+    return lambda count: hf_fusion.generate(model, ids, max_new_tokens=count, **options)
 
 
 def speed(record: Record) -> None:
@@ -242,10 +247,11 @@ def speed(record: Record) -> None:
                 add(name, "graph replay", context, per_replay(model, context), name)
     for context in SPEED_CONTEXTS:
         ids, _ = _inputs(context - STEPS, 1, False)
-        with rung(model, "full, token"):
-            # long, so that recording its graph does not count
-            took = per_token(_looped(model, ids), many=256)
-            add("hf_fusion.generate", "loop on the device", context, took, "full, token")
+        for how, options in LOOPS.items():
+            with rung(model, "full, token"):
+                # long, so that recording its graph does not count
+                took = per_token(_looped(model, ids, **options), many=256)
+                add("hf_fusion.generate", how, context, took, "full, token")
     for context in SPEED_CONTEXTS:
         for name in (None, *RUNGS):
             with rung(model, name):
@@ -272,11 +278,11 @@ def stream(record: Record) -> None:
 # ---- small steps --------------------------------------------------------------------------------
 
 
-def small(record: Record) -> None:
-    """One layer of every head size, every rung, a few steps: what compute-sanitizer watches."""
+def small(record: Record, head_dims: Sequence[int] = HEAD_DIMS) -> None:
+    """Two layers of each head size, every rung, a few steps: what compute-sanitizer watches."""
     from transformers import GPTNeoXConfig
 
-    for head_dim in (32, 64, 80, 96, 128):
+    for head_dim in head_dims:
         config = GPTNeoXConfig(
             vocab_size=515, hidden_size=2 * head_dim, num_hidden_layers=2, num_attention_heads=2,
             intermediate_size=8 * head_dim, max_position_embeddings=128, rotary_pct=0.25,
@@ -295,7 +301,9 @@ def small(record: Record) -> None:
                 record.add(head_dim=head_dim, rung=name, passed=all(finite) and stats.fused > 0)
 
 
-PARTS = {"stream": stream, "parity": parity, "speed": speed, "small": small}
+PARTS: dict[str, Callable] = {
+    "stream": stream, "parity": parity, "speed": speed, "small": small,
+}  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -303,6 +311,10 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="hf_fusion.harness.gpu", description=__doc__)
     parser.add_argument("part", choices=PARTS)
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
+    parser.add_argument(
+        "--head-dims", type=int, nargs="+", choices=HEAD_DIMS, default=HEAD_DIMS,
+        help="of the part small",
+    )  # fmt: skip
     arguments = parser.parse_args(argv)
     if not torch.cuda.is_available():
         print("no GPU: torch.cuda.is_available() is False", file=sys.stderr)
@@ -314,7 +326,8 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     record = Record(arguments.out, arguments.part)
-    PARTS[arguments.part](record)
+    options = {"head_dims": arguments.head_dims} if arguments.part == "small" else {}
+    PARTS[arguments.part](record, **options)
     record.finish()
     return 0 if all(row.get("passed", True) for row in record.data["rows"]) else 1
 

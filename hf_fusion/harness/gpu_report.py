@@ -66,13 +66,18 @@ def parity_table(found: dict[str, Any]) -> str:
 
 
 def summary(found: dict[str, Any]) -> list[str]:
-    """One line a part: how many rows, how many failed, whether it came to its end."""
+    """One line a part: how many rows, how many failed, whether it came to its end; how each tool of
+    the sanitizer ended.
+    """
     lines = []
     for part in PARTS:
         if part not in found:
             lines.append(f"{part}: not run")
             continue
         rows = found[part]["rows"]
+        if part == "sanitizer":
+            lines.append("sanitizer: " + ", ".join(f"{r['tool']} {r['outcome']}" for r in rows))
+            continue
         failed = sum(row.get("passed") is False for row in rows)
         end = "complete" if found[part]["complete"] else "cut off by its time limit or an error"
         lines.append(f"{part}: {len(rows)} rows, {failed} failed, {end}")
