@@ -131,7 +131,7 @@ def test_two_blocks_of_a_phase_fit_a_multiprocessor():
     for kernel in kernels:
         if "5phaseI" in kernel.name:
             most = threads(ptx["80"])[kernel.name]
-            assert 2 * (kernel.registers + 7) // 8 * 8 * most <= REGISTERS, kernel
+            assert 2 * ((kernel.registers + 7) // 8 * 8) * most <= REGISTERS, kernel
 
 
 @pytest.mark.parametrize("group", GROUPS)

@@ -73,6 +73,8 @@ HFF_HOST_DEVICE int exchange_floats(const Shape& s, int batch) {
   return batch * (2 * (group + 2) * s.head_dim + group * (s.head_dim + 2) + group * s.head_dim);
 }
 
+constexpr int kRowsInFlight = 8;  // of W_o, by a warp
+
 template <class T, int kBatch, class Ring>
 struct Exchange {
   using Pieces = Stream<Ring, ClusterProgram>;
@@ -91,8 +93,8 @@ struct Exchange {
     attend_shared = reinterpret_cast<float*>(port::arena() + p.layout.attend);
     own = attend_shared + attend_floats(head_dim, w.group.warps());  // (batch, width), own rows set
     all = own + p.batch * width;                                     // (batch, width)
-    slots = all + p.batch * width;                                   // (batch, group, head_dim + 2)
-    context = slots + p.batch * group * (head_dim + 2);  // (batch, group * head_dim), rounded to T
+    context = all + p.batch * width;  // (batch, group * head_dim), rounded to T; 16-byte aligned
+    slots = context + p.batch * group * head_dim;  // (batch, group, head_dim + 2)
   }
 
   // q, k and v of the head in `all` of every CTA.
@@ -174,7 +176,8 @@ struct Exchange {
     const int hidden = p.shape.hidden, begin = share(hidden, program.rank, program.ranks);
     const int end = share(hidden, program.rank + 1, program.ranks);
     float* parts = p.scratch.parts + static_cast<int64_t>(program.kv_head) * p.batch * hidden;
-    for (int row = begin + w.group.warp(); row < end; row += w.group.warps()) o_row(row, parts);
+    const int step = kRowsInFlight * w.group.warps();
+    for (int row = begin + w.group.warp(); row < end; row += step) o_rows_from(row, end, parts);
     w.group.sync();
     int* last = reinterpret_cast<int*>(w.reduce);
     uint32_t* counter = &p.scratch.counters->chunks[program.rank].value;
@@ -185,39 +188,71 @@ struct Exchange {
     if (w.group.rank() == 0) port::store_relaxed(counter, 0);
     for (int i = w.group.rank(); i < (end - begin) * p.batch; i += w.group.count) {
       const int b = i / (end - begin), row = begin + i - b * (end - begin);
-      float value = 0.0f;
-      for (int head = 0; head < p.shape.kv_heads; ++head) {
-        const int64_t at = static_cast<int64_t>(head) * p.batch + b;
-        value += port::load_fresh(p.scratch.parts + at * hidden + row);
-      }
-      value += w.bias_at(p.layer.o.bias, row);
-      if (p.adds_x != 0) value += input_at<T>(p.source, nullptr, b, row, hidden);
+      const float bias = w.bias_at(p.layer.o.bias, row);
+      const float before = p.adds_x != 0 ? InputRow<T>(p.source, nullptr, b, hidden).at(row) : 0.0f;
+      float value = sum_of_heads(p.scratch.parts + static_cast<int64_t>(b) * hidden + row);
+      value += bias;
+      value += before;
       static_cast<T*>(p.attention_out)[b * hidden + row] = port::from_float<T>(value);
     }
   }
 
-  // A warp a row: lanes along the head's columns.
-  HFF_DEVICE void o_row(int row, float* parts) {
-    const int columns = group * p.shape.head_dim;
-    const T* weight = static_cast<const T*>(p.layer.o.weight) + row * p.layer.o.stride +
-                      program.kv_head * columns;
-    float sum[kBatch];
+  // parts[0] + parts[stride] + ..., a part of each head, in order; eight loads at once.
+  HFF_DEVICE float sum_of_heads(const float* parts) {
+    constexpr int kLoads = 8;
+    const int heads = p.shape.kv_heads;
+    const int64_t stride = static_cast<int64_t>(p.batch) * p.shape.hidden;
+    float sum = 0.0f;
+    for (int first = 0; first < heads; first += kLoads) {
+      float part[kLoads];
 #pragma unroll
-    for (int b = 0; b < kBatch; ++b) sum[b] = 0.0f;
+      for (int j = 0; j < kLoads; ++j)
+        part[j] = first + j < heads ? port::load_fresh(parts + (first + j) * stride) : 0.0f;
+#pragma unroll
+      for (int j = 0; j < kLoads; ++j) sum += part[j];
+    }
+    return sum;
+  }
+
+  // Rows `first`, first + warps, ..., kRowsInFlight of them where they are below `end`, in the head's
+  // columns: lanes along the columns, and the loads of all rows at once.
+  HFF_DEVICE void o_rows_from(int first, int end, float* parts) {
+    const int columns = group * p.shape.head_dim, warps = w.group.warps();
+    const T* weight = static_cast<const T*>(p.layer.o.weight) + program.kv_head * columns;
+    float sum[kRowsInFlight][kBatch];
+#pragma unroll
+    for (int r = 0; r < kRowsInFlight; ++r) {
+#pragma unroll
+      for (int b = 0; b < kBatch; ++b) sum[r][b] = 0.0f;
+    }
     for (int c = 8 * port::lane(); c < columns; c += 8 * 32) {
-      float wf[8];
-      port::load8_once(weight + c, wf);
+      float wf[kRowsInFlight][8];
+#pragma unroll
+      for (int r = 0; r < kRowsInFlight; ++r) {
+        const int row = first + r * warps < end ? first + r * warps : first;
+        port::load8_once(weight + row * p.layer.o.stride + c, wf[r]);
+      }
 #pragma unroll
       for (int b = 0; b < kBatch; ++b) {
         if (b >= p.batch) break;
+        float cf[8];
+        port::load8(context + b * columns + c, cf);
 #pragma unroll
-        for (int j = 0; j < 8; ++j) sum[b] = fmaf(wf[j], context[b * columns + c + j], sum[b]);
+        for (int r = 0; r < kRowsInFlight; ++r) {
+#pragma unroll
+          for (int j = 0; j < 8; ++j) sum[r][b] = fmaf(wf[r][j], cf[j], sum[r][b]);
+        }
       }
     }
 #pragma unroll
-    for (int b = 0; b < kBatch; ++b) {
-      const float total = warp_sum(sum[b]);
-      if (port::lane() == 0 && b < p.batch) parts[b * p.shape.hidden + row] = total;
+    for (int r = 0; r < kRowsInFlight; ++r) {
+      const int row = first + r * warps;
+      if (row >= end) break;
+#pragma unroll
+      for (int b = 0; b < kBatch; ++b) {
+        const float total = warp_sum(sum[r][b]);
+        if (port::lane() == 0 && b < p.batch) parts[b * p.shape.hidden + row] = total;
+      }
     }
   }
 };
@@ -241,7 +276,7 @@ void attention_up(HFF_PARAM(ClusterParams) p) {
     port::dependencies_wait();
     const bool with_up = p.layer.up.weight != nullptr;
     Worker<T, kBatch, Pieces> worker(p.shape, p.scratch, p.layout, threads, stream, p.batch);
-    worker.load_norm(p.source, p.layer.attention_norm, with_up ? &p.layer.mlp_norm : nullptr);
+    worker.load_norm(p.source, p.layer.attention_norm, p.layer.mlp_norm, with_up);
     Exchange<T, kBatch, Ring> exchange(p, worker, program);
     exchange.project_gather();
     exchange.attend_slots();

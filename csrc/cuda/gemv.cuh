@@ -85,9 +85,9 @@ HFF_DEVICE float activate(float x, int activation) {
   }
 }
 
-// out[b * width + column + row] = T(act(W x + bias)) for the CTA's rows of one matrix; several
-// passes where the sums have no room for all. Store: void(row of the matrix, b, value), once for
-// each, by the threads in turn. Begins after a barrier that made x visible, ends with one.
+// store(row of the matrix, b, W x + bias) for the CTA's rows of one matrix and all `batch`, once for
+// each, by the threads in turn; several passes where the sums have no room for all. Begins after a
+// barrier that made x visible, ends with one.
 template <class T, int kBatch, class S, class Store>
 HFF_DEVICE void project(S& stream, const Group& group, const Span& span, const T* bias, int batch,
                         const T* x, int stride, float* sums, int sum_count, const Store& store) {
@@ -95,15 +95,18 @@ HFF_DEVICE void project(S& stream, const Group& group, const Span& span, const T
   const int fit = sum_count / (span.pieces * kBatch);
   for (int begin = 0; begin < span.count; begin += fit) {
     const int end = begin + fit < span.count ? begin + fit : span.count;
+    const int first = span.first + begin, count = (end - begin) * batch;
+    const auto bias_of = [bias, first, batch, count](int i) {
+      return bias != nullptr && i < count ? port::to_float(bias[first + i / batch]) : 0.0f;
+    };
+    const float ahead = bias_of(group.rank());  // most threads store once: not waited for then
     multiply<T, kBatch>(stream, &at, group.warps(), begin, end, x, stride, sums, span.pieces, 0);
     group.sync();
-    for (int i = group.rank(); i < (end - begin) * batch; i += group.count) {
+    for (int i = group.rank(); i < count; i += group.count) {
       const int row = i / batch, b = i - row * batch;
       float value = 0.0f;
       for (int p = 0; p < span.pieces; ++p) value += sums[(row * span.pieces + p) * kBatch + b];
-      const int global_row = span.first + begin + row;
-      if (bias != nullptr) value += port::to_float(bias[global_row]);
-      store(global_row, b, value);
+      store(first + row, b, value + (i == group.rank() ? ahead : bias_of(i)));
     }
     group.sync();
   }

@@ -6,7 +6,8 @@
 // x: (batch, hidden) fp32 in shared memory. Every CTA computes all statistics by itself: hidden
 // additions are cheaper than a wait between CTAs. Two passes, fp32; sums in a fixed order: a
 // thread's elements, the lanes of a warp by xor, the warps in order. Both norms of a parallel layer
-// share the statistics.
+// share the statistics. A thread asks for kLoads elements before it uses the first: a loop of one load
+// at a time waits for L2 at each.
 #pragma once
 
 #include "cuda/program.h"
@@ -26,26 +27,56 @@ struct Group {
   HFF_DEVICE void sync() const { port::sync_named(id, count); }
 };
 
-// Element i of row b of a layer's input; NaN for an id outside the vocabulary.
-template <class T>
-HFF_DEVICE float input_at(const Source& source, const float* residual, int b, int i, int hidden) {
-  if (source.ids != nullptr) {
-    const int64_t id = source.ids[b * source.id_stride];
-    if (id < 0 || id >= source.vocab) return NAN;
-    return port::to_float(static_cast<const T*>(source.embedding)[id * hidden + i]);
+// store(i, load(i)) for the group's indices below `count`, `kLoads` loads of a thread at a time.
+template <int kLoads, class Load, class Store>
+HFF_DEVICE void copy(const Group& group, int count, const Load& load, const Store& store) {
+  for (int first = group.rank(); first < count; first += kLoads * group.count) {
+    decltype(load(0)) values[kLoads];
+#pragma unroll
+    for (int j = 0; j < kLoads; ++j) {
+      if (first + j * group.count < count) values[j] = load(first + j * group.count);
+    }
+#pragma unroll
+    for (int j = 0; j < kLoads; ++j) {
+      if (first + j * group.count < count) store(first + j * group.count, values[j]);
+    }
   }
-  const int64_t at = static_cast<int64_t>(b) * hidden + i;
-  if (source.x != nullptr) return port::to_float(static_cast<const T*>(source.x)[at]);
-  return port::load_fresh(residual + at);
 }
 
-// x[b][i], all of it. Ends with a barrier.
+// A row of a layer's input: in T, or in the residual stream; NaN for an id outside the vocabulary.
 template <class T>
+struct InputRow {
+  const T* values;
+  const float* residual;
+
+  HFF_DEVICE InputRow(const Source& source, const float* stream, int b, int hidden)
+      : values(nullptr), residual(nullptr) {
+    const int64_t at = static_cast<int64_t>(b) * hidden;
+    if (source.ids != nullptr) {
+      const int64_t id = source.ids[b * source.id_stride];
+      if (id >= 0 && id < source.vocab)
+        values = static_cast<const T*>(source.embedding) + id * hidden;
+    } else if (source.x != nullptr) {
+      values = static_cast<const T*>(source.x) + at;
+    } else {
+      residual = stream + at;
+    }
+  }
+  HFF_DEVICE float at(int i) const {
+    if (values != nullptr) return port::to_float(values[i]);
+    return residual != nullptr ? port::load_fresh(residual + i) : NAN;
+  }
+};
+
+// x[b][i], all of it. Ends with a barrier.
+template <class T, int kLoads>
 HFF_DEVICE void load_input(const Group& group, const Source& source, const float* residual,
                            int batch, int hidden, float* x) {
   for (int b = 0; b < batch; ++b) {
-    for (int i = group.rank(); i < hidden; i += group.count)
-      x[b * hidden + i] = input_at<T>(source, residual, b, i, hidden);
+    const InputRow<T> row(source, residual, b, hidden);
+    copy<kLoads>(
+        group, hidden, [&row](int i) { return row.at(i); },
+        [x, b, hidden](int i, float value) { x[b * hidden + i] = value; });
   }
   group.sync();
 }
@@ -99,8 +130,13 @@ HFF_DEVICE void statistics(const Group& group, const float* x, int batch, int hi
   }
 }
 
+// What a norm multiplies an element by and adds to it.
+struct Affine {
+  float weight, bias;
+};
+
 // out[b * stride + i] = T(norm(x)); without a weight, T(x).
-template <class T>
+template <class T, int kLoads>
 HFF_DEVICE void normalise(const Group& group, const Norm& norm, const Statistics& s, const float* x,
                           int batch, int hidden, T* out, int stride) {
   const T* weight = static_cast<const T*>(norm.weight);
@@ -108,15 +144,18 @@ HFF_DEVICE void normalise(const Group& group, const Norm& norm, const Statistics
 #pragma unroll
   for (int b = 0; b < kMaxBatch; ++b) {
     if (b >= batch) break;
-    const float scale = 1.0f / sqrtf(s.variance[b] + norm.eps);
-    for (int i = group.rank(); i < hidden; i += group.count) {
-      float y = x[b * hidden + i];
-      if (weight != nullptr) {
-        y = (y - s.mean[b]) * scale * port::to_float(weight[i]);
-        if (bias != nullptr) y += port::to_float(bias[i]);
-      }
-      out[static_cast<int64_t>(b) * stride + i] = port::from_float<T>(y);
-    }
+    const float mean = weight != nullptr ? s.mean[b] : 0.0f;
+    const float scale = weight != nullptr ? 1.0f / sqrtf(s.variance[b] + norm.eps) : 1.0f;
+    copy<kLoads>(
+        group, hidden,
+        [weight, bias](int i) {
+          return Affine{weight != nullptr ? port::to_float(weight[i]) : 1.0f,
+                        bias != nullptr ? port::to_float(bias[i]) : 0.0f};
+        },
+        [&](int i, const Affine& affine) {
+          const float y = (x[b * hidden + i] - mean) * scale * affine.weight;
+          out[b * stride + i] = port::from_float<T>(y + affine.bias);
+        });
   }
 }
 

@@ -36,6 +36,9 @@ struct Sink {
 // A CTA's share of the work, for the warps that multiply.
 template <class T, int kBatch, class Stream>
 struct Worker {
+  // Loads of a thread at once, of elements and of 16 bytes: of 2,560 and of 10,240 elements 256
+  // threads wait for two. More, and two CTAs of a phase have no registers on a multiprocessor.
+  static constexpr int kLoads = kBatch == 1 ? 5 : 3, kVectors = kBatch == 1 ? 6 : 3;
   const Shape& shape;
   const Scratch& scratch;
   Group group;
@@ -77,32 +80,35 @@ struct Worker {
   HFF_DEVICE void load_rows(const void* from, int width) {
     const Eight<T>* source = static_cast<const Eight<T>*>(from);
     const int vectors = width / 8;
-    for (int i = group.rank(); i < batch * vectors; i += group.count) {
-      const int b = i / vectors, v = i - b * vectors;
-      const Eight<T> value = port::load_fresh(source + i);
-      *reinterpret_cast<Eight<T>*>(inputs + b * input_stride + 8 * v) = value;
+    for (int b = 0; b < batch; ++b) {
+      T* to = inputs + b * input_stride;
+      copy<kVectors>(
+          group, vectors, [&](int v) { return port::load_fresh(source + b * vectors + v); },
+          [to](int v, const Eight<T>& value) { *reinterpret_cast<Eight<T>*>(to + 8 * v) = value; });
     }
     group.sync();
   }
 
-  // x and norm1(x), and norm2(x) behind it where the MLP has the same input. Ends with a barrier.
-  HFF_DEVICE void load_norm(const Source& source, const Norm& first, const Norm* second) {
-    load_input<T>(group, source, scratch.x, batch, shape.hidden, x);
+  // x and norm1(x), and with `both` norm2(x) behind it. Ends with a barrier.
+  HFF_DEVICE void load_norm(const Source& source, const Norm& first, const Norm& second,
+                            bool both) {
+    load_input<T, kLoads>(group, source, scratch.x, batch, shape.hidden, x);
     Statistics s;
     statistics(group, x, batch, shape.hidden, first.rms != 0, reduce, &s);
-    normalise<T>(group, first, s, x, batch, shape.hidden, inputs, input_stride);
-    if (second != nullptr) {
-      if (second->rms != first.rms)
-        statistics(group, x, batch, shape.hidden, second->rms != 0, reduce, &s);
-      normalise<T>(group, *second, s, x, batch, shape.hidden, inputs + shape.hidden, input_stride);
+    normalise<T, kLoads>(group, first, s, x, batch, shape.hidden, inputs, input_stride);
+    if (both) {
+      if (second.rms != first.rms)
+        statistics(group, x, batch, shape.hidden, second.rms != 0, reduce, &s);
+      normalise<T, kLoads>(group, second, s, x, batch, shape.hidden, inputs + shape.hidden,
+                           input_stride);
     }
     group.sync();
   }
 
   // qkv and up of one half, from `source`; up to `up_out` (batch, mlp_width).
   HFF_DEVICE void enter(const Layer& layer, const Half& half, const Source& source, void* up_out) {
-    load_norm(source, half.attention ? layer.attention_norm : layer.mlp_norm,
-              half.attention && half.mlp ? &layer.mlp_norm : nullptr);
+    load_norm(source, half.attention ? layer.attention_norm : layer.mlp_norm, layer.mlp_norm,
+              half.attention && half.mlp);
 #pragma unroll 1
     for (int i = half.attention ? 0 : 3; i < (half.mlp ? 4 : 3); ++i) {
       const Rows& matrix = in_matrix(layer, i);
@@ -148,10 +154,12 @@ struct Worker {
     const int count = share(shape.hidden, block + 1, blocks) - begin;
     for (int i = group.rank(); i < count * batch; i += group.count) {
       const int r = i / batch, b = i - r * batch, row = begin + r;
+      const float before = InputRow<T>(source, scratch.x, b, shape.hidden).at(row);
+      const float biases = bias_at(down_bias, row) + bias_at(o_bias, row);
       float value = 0.0f;
       for (int p = 0; p < row_sums; ++p) value += sums[(r * row_sums + p) * kBatch + b];
-      value += bias_at(down_bias, row) + bias_at(o_bias, row);
-      value += input_at<T>(source, scratch.x, b, row, shape.hidden);
+      value += biases;
+      value += before;
       if (out != nullptr)
         static_cast<T*>(out)[b * shape.hidden + row] = port::from_float<T>(value);
       else
@@ -191,11 +199,7 @@ HFF_DEVICE void store_next(Worker<T, kBatch, Stream>& w, const uint64_t (&best)[
   uint64_t* keys = reinterpret_cast<uint64_t*>(w.sums);  // (warps, kBatch); free behind the barrier
 #pragma unroll
   for (int b = 0; b < kBatch; ++b) {
-    uint64_t key = best[b];
-    for (int mask = 16; mask > 0; mask /= 2) {
-      const uint64_t other = port::warp_xor(key, mask);
-      key = other > key ? other : key;
-    }
+    const uint64_t key = warp_largest(best[b]);
     if (port::lane() == 0) keys[w.group.warp() * kBatch + b] = key;
   }
   w.group.sync();
@@ -214,14 +218,16 @@ HFF_DEVICE void store_next(Worker<T, kBatch, Stream>& w, const uint64_t (&best)[
     *last = before + 1 == static_cast<uint32_t>(w.blocks);
   }
   w.group.sync();
-  if (*last != 0 && w.group.rank() < w.batch) {
+  if (*last == 0) return;
+  for (int b = w.group.warp(); b < w.batch; b += w.group.warps()) {
     uint64_t key = 0;
-    for (int i = 0; i < w.blocks; ++i) {
-      const uint64_t other = port::load_fresh(w.scratch.best + i * w.batch + w.group.rank());
+    for (int i = port::lane(); i < w.blocks; i += 32) {
+      const uint64_t other = port::load_fresh(w.scratch.best + i * w.batch + b);
       key = other > key ? other : key;
     }
-    next[w.group.rank()] =
-        static_cast<int64_t>(0xffffffffu - static_cast<uint32_t>(key & 0xffffffffu));
+    key = warp_largest(key);
+    if (port::lane() == 0)
+      next[b] = static_cast<int64_t>(0xffffffffu - static_cast<uint32_t>(key & 0xffffffffu));
   }
 }
 
@@ -229,7 +235,7 @@ HFF_DEVICE void store_next(Worker<T, kBatch, Stream>& w, const uint64_t (&best)[
 template <class T, int kBatch, class Stream>
 HFF_DEVICE void norm_head(Worker<T, kBatch, Stream>& w, const Norm& norm, const Rows& head,
                           const HeadOut& out) {
-  w.load_norm(Source{}, norm, nullptr);
+  w.load_norm(Source{}, norm, norm, false);
   if (out.hidden != nullptr) {
     const int begin = share(w.shape.hidden, w.block, w.blocks);
     const int count = share(w.shape.hidden, w.block + 1, w.blocks) - begin;

@@ -38,12 +38,17 @@ inline cudaLaunchConfig_t launch_config(const Launch& launch, cudaLaunchAttribut
   return config;
 }
 
-// Shared memory beyond 48 KiB and clusters beyond 8 blocks must be asked for.
+// Shared memory beyond 48 KiB and clusters beyond 8 blocks must be asked for. What is asked for is
+// the function's, not the launch's: always the most, so that no thread takes from another.
 inline cudaError_t opt_in(const void* kernel, const Launch& launch) {
   cudaError_t error = cudaSuccess;
   if (launch.shared_bytes > 48 * 1024) {
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 launch.shared_bytes);
+    int device = 0, most = 0;
+    error = cudaGetDevice(&device);
+    if (error == cudaSuccess)
+      error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    if (error == cudaSuccess)
+      error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
   }
   if (error == cudaSuccess && launch.cluster > 8) {
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);

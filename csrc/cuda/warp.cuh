@@ -19,5 +19,13 @@ HFF_DEVICE float warp_max(float v) {
   return v;
 }
 
+HFF_DEVICE uint64_t warp_largest(uint64_t v) {
+  for (int mask = 16; mask > 0; mask /= 2) {
+    const uint64_t other = port::warp_xor(v, mask);
+    v = other > v ? other : v;
+  }
+  return v;
+}
+
 }  // namespace cuda
 }  // namespace hff
