@@ -22,7 +22,7 @@ import torch
 from transformers.cache_utils import StaticCache
 
 from . import native, streams
-from .frame import Frame
+from .frame import Frame, Frames, framed
 from .report import FusionError, Reason, renew_in_child
 from .rope import RopeTable, rope_of_call
 from .spec import BlockSpec, BlockTensors
@@ -86,7 +86,11 @@ class CudaBackend:
         except FusionError as error:
             raise FusionError(Reason.BACKEND_ABSENT, error.message) from None
         self.emulated, self.plan = bool(self.device.host_memory), "auto"
-        self._frame = Frame()
+        self._frames = Frames()
+
+    @property
+    def _frame(self) -> Frame:
+        return self._frames.current
 
     @property
     def isa(self) -> str:
@@ -149,6 +153,7 @@ class CudaBackend:
         self._prepare(model, model.struct)
         return model
 
+    @framed
     def _prepare(self, bound: NativeBlock | NativeModel, model: native.Model) -> None:
         bound.workspaces, bound.sizes, bound.sized_by = Workspaces(bound.device), {}, model
         self._set_shape(bound, 1)
@@ -172,7 +177,7 @@ class CudaBackend:
         return size
 
     def _set_call(self, bound, batch: int, slots: list, mask, positions, rope) -> Any:
-        """Fills the thread's hff_call but for stream and workspace; returns what must live until it
+        """Fills the hff_call but for stream and workspace; returns what must live until it
         is queued.
         """
         frame = self._frame
@@ -201,6 +206,7 @@ class CudaBackend:
         for slot in slots:
             slot.ran(1)
 
+    @framed
     def decode(self, model: NativeModel, ids, embeds, slots, mask, positions, rope, keep=0):
         """(hidden (B, 1, hidden), None) after the final norm or, with a head, (None, logits (B, 1,
         vocab)).
@@ -225,6 +231,7 @@ class CudaBackend:
         del alive
         return hidden, logits
 
+    @framed
     def block(self, block: NativeBlock, stage: str, x, slot, mask, positions, rope):
         """One layer up to `stage`, as ReferenceBackend.block."""
         frame, (batch, _, hidden) = self._frame, x.shape

@@ -1,9 +1,11 @@
-"""The call structs of one thread, filled from tensors and reused from call to call."""
+"""The call structs of one call, filled from tensors and reused from call to call."""
 
 from __future__ import annotations
 
 import ctypes
+import functools
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,8 +15,8 @@ from .rope import RopeRows
 from .sampling import Sampler
 
 
-class Frame(threading.local):
-    """hff_call, hff_model_io and hff_block_io of one thread, and references to them.
+class Frame:
+    """hff_call, hff_model_io and hff_block_io of one call, and references to them.
 
     Setters store addresses only: who calls keeps the tensors alive until the native call returns.
     """
@@ -94,3 +96,29 @@ class Frame(threading.local):
         target.data, target.bytes = out.data_ptr(), out.nbytes
         if up is not None:
             io.up_out.data, io.up_out.bytes = up.data_ptr(), up.nbytes
+
+
+class Frames(threading.local):
+    """The frames of one thread: that of the call under way, and those that wait for another."""
+
+    def __init__(self):
+        self.current, self.idle = Frame(), [Frame()]
+
+
+def framed(method: Callable) -> Callable:
+    """A method of a back end with a frame of its own as `self._frames.current`: a signal handler or
+    a finaliser that runs a model in the midst of another's call leaves that call's structs alone.
+    """
+
+    @functools.wraps(method)
+    def run(self, *arguments, **options):
+        frames = self._frames
+        before = frames.current
+        frames.current = frame = frames.idle.pop() if frames.idle else Frame()
+        try:
+            return method(self, *arguments, **options)
+        finally:
+            frames.current = before
+            frames.idle.append(frame)
+
+    return run

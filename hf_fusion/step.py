@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from . import native
-from .frame import Frame
+from .frame import Frame, Frames, framed
 from .packing import packed_size
 from .report import FusionError, Reason
 from .rope import rope_of_call
@@ -34,7 +34,11 @@ class CpuBackend:
     def __init__(self):
         self._library = native.load()
         self.threads_of = native.use_openmp(Path(torch.__file__).parent / "lib")
-        self._frame = Frame()
+        self._frames = Frames()
+
+    @property
+    def _frame(self) -> Frame:
+        return self._frames.current
 
     @property
     def isa(self) -> str:
@@ -73,7 +77,7 @@ class CpuBackend:
         return model
 
     def _set_call(self, block: NativeBlock, batch, queries, past, mask, positions, rope, starts=None):
-        """Fills the thread's hff_call; returns what must stay alive until the native call returns."""
+        """Fills the hff_call; returns what must stay alive until the native call returns."""
         frame = self._frame
         call = frame.call
         call.dtype, call.threads = DTYPES[block.dtype], torch.get_num_threads()
@@ -100,6 +104,7 @@ class CpuBackend:
         if status != native.OK:
             native.check(status)
 
+    @framed
     def decode(self, model: NativeModel, ids, embeds, slots, mask, positions, rope, keep=0):
         """(hidden (B, q, hidden), None) after the final norm or, with a head, (None, logits (B, keep, vocab))."""
         batch, queries = ids.shape if ids is not None else embeds.shape[:2]
@@ -124,6 +129,7 @@ class CpuBackend:
         )
         return hidden, logits
 
+    @framed
     def steps(
         self, model: NativeModel, ids, slots, mask, positions, rope, steps: int, sampler: Sampler, uniforms=None
     ) -> torch.Tensor:
@@ -174,6 +180,7 @@ class CpuBackend:
         out.view(-1, hidden).index_copy_(0, rows, packed)
         return out
 
+    @framed
     def _encode_rows(self, model: NativeModel, x, out, batch, queries, mask, starts=None) -> torch.Tensor:
         """`out`, which may be x, filled with the hidden states of the rows of x."""
         frame = self._frame
@@ -185,6 +192,7 @@ class CpuBackend:
         )
         return out
 
+    @framed
     def block(self, block: NativeBlock, stage: str, x, slot, mask, positions, rope):
         """One layer up to `stage`, as ReferenceBackend.block."""
         batch, queries, hidden = x.shape

@@ -235,10 +235,10 @@ def test_an_interrupted_native_call_leaves_nothing_behind(monkeypatch):
             patch.setattr(generation.Loop, "step", lambda self: None)
             with pytest.raises(KeyboardInterrupt):
                 hf_fusion.generate(model, inputs["input_ids"][:, :1], max_new_tokens=3)
-        backend = vars(model)["_hf_fusion"].binding.backend
-        assert backend._frame.next.data
+        frame = vars(model)["_hf_fusion"].binding.backend._frames.idle[-1]
+        assert frame.next.data
         assert torch.equal(model(**inputs).logits, want)
-        assert not backend._frame.next.data and not backend._frame.io.steps
+        assert not frame.next.data and not frame.io.steps
 
 
 def given_logits(vocabulary: int, dtype: str):
