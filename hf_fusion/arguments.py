@@ -97,7 +97,7 @@ def check_cache_position(positions: Any, past: int | None, queries: int, binding
 def check_model_mask(mask, batch, queries, past, binding, cache, slots) -> torch.Tensor:
     """A mask as the base model takes it: (batch, keys) or (batch|1, 1, queries, keys)."""
     if type(mask) is torch.Tensor and mask.dim() == 4:
-        check_mask(mask, batch, queries, past, binding, type(slots[0]) is StaticSlot)
+        check_mask(mask, batch, queries, past, binding, slots[0])
         return mask
     check_dense("attention_mask", mask, 2, binding.device)
     # past is None: a static cache on a device, whose keys past the end of the mask no query sees
@@ -110,10 +110,11 @@ def check_model_mask(mask, batch, queries, past, binding, cache, slots) -> torch
     return mask if mask.dtype in (torch.int64, torch.bool) else mask.to(torch.bool)
 
 
-_checked = threading.local()  # the last mask found causal; all layers of a forward share one
+# the last mask found causal, and by which layer; those after it in a forward share one
+_checked = threading.local()
 
 
-def check_mask(mask, batch, queries, past, binding, static) -> None:
+def check_mask(mask, batch, queries, past, binding, slot) -> None:
     """Raises FusionError unless a 4D mask fits and lets no query see a later key.
 
     `past` None, a static cache on a device: the mask is not read; kernels see no later key.
@@ -122,7 +123,9 @@ def check_mask(mask, batch, queries, past, binding, static) -> None:
     check_dense("attention_mask", mask, 4, binding.device)
     keys = (past or 0) + queries
     rows, heads, columns, width = mask.shape
-    fits = width >= keys if static else width == keys
+    if type(slot) is StaticSlot:
+        keys = slot.layer.max_cache_len
+    fits = width == keys
     if rows not in (1, batch) or heads != 1 or columns != queries or not fits:
         raise FusionError(
             Reason.MASK,
@@ -136,14 +139,12 @@ def check_mask(mask, batch, queries, past, binding, static) -> None:
     if past is None or (queries == 1 and width == keys):
         return
     version = None if mask.is_inference() else mask._version
+    index = getattr(binding, "cache_index", -1)  # -1: a whole model
     last = getattr(_checked, "last", None)
-    if (
-        last is not None
-        and last[0]() is mask
-        and last[1:] == (version, past)
-        and version is not None
-    ):
-        return
+    if last is not None and last[0]() is mask and version is not None:
+        if last[1:3] == (version, past) and last[3] < index:
+            return
+    _checked.last = None
     later = torch.ones(queries, width, dtype=torch.bool, device=mask.device).triu(past + 1)
     seen = (
         mask[..., later]
@@ -152,7 +153,22 @@ def check_mask(mask, batch, queries, past, binding, static) -> None:
     )
     if bool(seen.any()) or (mask.dtype != torch.bool and bool(mask.isnan().any())):
         raise FusionError(Reason.MASK, "attention_mask lets a query see a later key")
-    _checked.last = (weakref.ref(mask), version, past)
+    _check_blind(mask, past)
+    _checked.last = (weakref.ref(mask), version, past, index)
+
+
+def _check_blind(mask: torch.Tensor, past: int) -> None:
+    """Raises FusionError where an additive mask hides all keys from a query that others see: stock
+    gives it the mean of all values, kernels nothing. Query i is key past + i.
+    """
+    if mask.dtype == torch.bool:
+        return
+    hidden = torch.finfo(mask.dtype).min / 2
+    blind = mask.amax(-1) <= hidden
+    if bool(blind.any()):
+        own = mask.amax(-2)[..., past : past + mask.shape[-1]][..., : blind.shape[-1]]
+        if bool((blind & (own > hidden)).any()):
+            raise FusionError(Reason.MASK, "attention_mask hides all keys from a query in use")
 
 
 def check_encoder_mask(mask, batch, length, binding) -> None:
@@ -172,6 +188,7 @@ def check_encoder_mask(mask, batch, length, binding) -> None:
         )
     if mask.dtype != torch.bool and bool(mask.isnan().any()):
         raise FusionError(Reason.MASK, "attention_mask holds NaN")
+    _check_blind(mask, 0)
 
 
 def check_rope(rope: Any, batch: int, queries: int, binding: LayerBinding) -> None:

@@ -7,10 +7,13 @@ knows, to a FusionError.
 
 from __future__ import annotations
 
+import sys
+from types import BuiltinFunctionType
 from typing import Any
 
 import torch
 from torch import nn
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .registry import Family, class_name
@@ -21,6 +24,9 @@ from .watch import GLOBAL, Watch, check_function, is_ours
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 IMPLEMENTATIONS = ("eager", "sdpa")
+_REGISTRIES = {"attention": ALL_ATTENTION_FUNCTIONS, "mask": ALL_MASK_ATTENTION_FUNCTIONS}
+# what base models make their masks by, in the namespaces of their modules
+_MASK_FUNCTIONS = ("create_causal_mask", "create_bidirectional_mask")
 
 
 def check_parameter(
@@ -74,10 +80,18 @@ def watch_attention(watch: Watch, config: Any) -> str:
             f"{', '.join(IMPLEMENTATIONS)}",
         )
     watch.entry(namespace, "_attn_implementation_internal")
-    registered = ALL_ATTENTION_FUNCTIONS._global_mapping
-    if name in registered:
-        check_function(f"attention function {name!r}", registered[name], "transformers")
-        watch.entry(registered, name)
+    for kind, registry in _REGISTRIES.items():
+        registered = registry._global_mapping
+        if name in registered:
+            check_function(f"{kind} function {name!r}", registered[name], "transformers")
+            watch.entry(registered, name)
+    function = nn.functional.scaled_dot_product_attention
+    if name == "sdpa" and type(function) is not BuiltinFunctionType:
+        raise FusionError(
+            Reason.FORWARD_REPLACED,
+            f"torch.nn.functional.scaled_dot_product_attention is {function!r}, not torch's",
+        )
+    watch.entry(vars(nn.functional), "scaled_dot_product_attention")
     if any(GLOBAL):
         raise FusionError(Reason.HOOKS, "global module hooks or a local attention function are set")
     return name
@@ -202,6 +216,11 @@ class ModelBinding:
         """Watches the modules outside the layers; the called one's own hooks run outside of it."""
         watch, parts = self.watch, self.parts
         watch.entry(vars(base), "config")
+        module = vars(sys.modules[type(base).__module__])
+        for name in _MASK_FUNCTIONS:
+            if name in module:
+                check_function(name, module[name], "transformers")
+                watch.entry(module, name)
         if lm is not None:
             watch.module("the model", lm, inner=False, hooks=False)
             watch.entry(vars(lm), "config")

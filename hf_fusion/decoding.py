@@ -18,7 +18,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 from transformers.cache_utils import DynamicLayer
-from transformers.generation import GenerateDecoderOnlyOutput
+from transformers.generation import GenerateDecoderOnlyOutput, GenerationMixin
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.utils import GENERATION_MODES_MAPPING
 
@@ -33,6 +33,8 @@ _ARGUMENTS = {
     "attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep",
     "cache_position",  # before transformers 5.4: of the prompt, counting on from the cache
 }  # fmt: skip
+# how generate() turns its state into a call, and the call's outputs into its state
+_METHODS = ("prepare_inputs_for_generation", "_update_model_kwargs_for_generation")
 _RECORDS = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
 # in the order in which generate() applies them, each with the Sampler's argument that it carries
 _WARPERS = {
@@ -71,8 +73,11 @@ def _sampler(mode: GenerationMode, processors: Any) -> Sampler:
     return Sampler(drawn, **options)
 
 
-def _plan(ids: torch.Tensor, processors: Any, criteria: Any, config: Any, call: dict) -> _Plan:
+def _plan(model, ids: torch.Tensor, processors, criteria, config: Any, call: dict) -> _Plan:
     """FusionError with the reason where generate() has to decode token by token."""
+    for name in _METHODS:
+        if name in vars(model) or getattr(type(model), name) is not getattr(GenerationMixin, name):
+            _refuse(f"{name} is not GenerationMixin's")
     sampler = _sampler(config.get_generation_mode(), processors)
     if ids.device.type != "cpu":
         _refuse(f"the model is on {ids.device}")
@@ -108,6 +113,9 @@ def _plan(ids: torch.Tensor, processors: Any, criteria: Any, config: Any, call: 
     length = mask.shape[1] if mask is not None else getattr(config, "_mask_length", ids.shape[1])
     if length != ids.shape[1] or past >= length:
         _refuse(f"{past} of {length} tokens are cached, of which {ids.shape[1]} are given")
+    positions = call.get("position_ids")
+    if positions is not None and positions.shape[-1] != ids.shape[1]:
+        _refuse(f"position_ids have shape {tuple(positions.shape)} for {tuple(ids.shape)} tokens")
     kept = config.return_dict_in_generate or getattr(cache, "_is_user_defined", False)
     if kept and eos and ids.shape[0] > 1:
         _refuse("the cache is kept, and rows end apart")
@@ -139,7 +147,7 @@ def custom_generate(
     plan, handle = None, vars(model).get(KEY)
     if type(handle) is Handle:
         try:
-            plan = _plan(input_ids, *prepared)
+            plan = _plan(model, input_ids, *prepared)
         except FusionError as refusal:
             handle.state.stats.downgrade(refusal)
     if plan is not None:

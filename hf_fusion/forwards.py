@@ -57,7 +57,7 @@ class State:
     """What all handles of one patched model share: the options, the back ends and the counters.
 
     `backends` run whole models, `layer_backends` layers; `error` says why all calls run stock,
-    where they do.
+    where they do; `every_row`: an encoder computes padding too.
     """
 
     def __init__(
@@ -70,9 +70,10 @@ class State:
         layer_backends,
         error,
         packed: bool | None = None,
+        every_row: bool = False,
     ):
         self.family, self.fusion, self.name, self.strict = family, fusion, name, strict
-        self.packed = packed
+        self.packed, self.every_row = packed, every_row
         self.backends, self.layer_backends, self.error = backends, layer_backends, error
         self.stats = Stats()
         renew_in_child(self, "lock", threading.RLock)
@@ -87,6 +88,7 @@ class State:
             self.layer_backends,
             self.error,
             self.packed,
+            self.every_row,
         )
 
 
@@ -251,7 +253,9 @@ def native_steps(
 
 def _run_encoder(state: State, binding: ModelBinding, module: nn.Module, call: dict) -> Any:
     encoder = state.family.encoder
-    x, mask, owned = read_encoder_call(binding, call, vars(module.config), encoder)
+    x, mask, owned = read_encoder_call(
+        binding, call, vars(module.config), encoder, state.every_row
+    )
     hidden = binding.backend.encode(binding.native, x, mask, owned)
     _count(state, "encode")
     return encoder.finish(module, hidden)

@@ -35,7 +35,9 @@ _NEUTRAL = {
     "penalty_alpha": None, "dola_layers": None, "prompt_lookup_num_tokens": None,
     "stop_strings": None, "max_time": None,
 }  # fmt: skip
-_SAMPLED_NEUTRAL = {"min_p": None, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0}
+_SAMPLED_NEUTRAL = {
+    "min_p": None, "top_h": None, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0,
+}  # fmt: skip
 
 
 class Loop:
@@ -63,7 +65,7 @@ class Loop:
         self.mask = torch.ones(self.tokens.shape, dtype=torch.bool, device=device)
         self.mask[:, :prompt] = mask
         self.column = torch.tensor([prompt], device=device)
-        self.positions = (mask.cumsum(1) - 1).clamp(min=0)
+        self.positions = (mask.cumsum(1) - 1).masked_fill(mask == 0, 0)
         self.ids, self.pad = ids.clone(), pad  # a step writes to them
         self.eos = torch.tensor(eos, device=device, dtype=torch.int64)
         self.finished = torch.zeros(batch, dtype=torch.bool, device=device)
@@ -220,6 +222,10 @@ def _check_model(model: Any, do_sample: bool) -> None:
     if config is None or model.config.is_encoder_decoder:
         raise FusionError(
             Reason.NOT_A_MODEL, f"generate got a {type(model).__name__}, expected a causal LM"
+        )
+    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        raise FusionError(
+            Reason.ARGUMENT, "the model has learnt prompts, which its own generate() puts in"
         )
     for name, neutral in (_NEUTRAL | (_SAMPLED_NEUTRAL if do_sample else {})).items():
         value = getattr(config, name, None)

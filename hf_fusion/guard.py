@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+from torch.autograd import forward_ad
 from torch.utils._device import DeviceContext
 from transformers.cache_utils import DynamicCache
 
@@ -40,14 +41,16 @@ _functorch = torch._C._functorch.peek_interpreter_stack
 _tracing = torch._C._get_tracing_state
 _autocast = torch.is_autocast_enabled
 
+# num_items_in_batch, which Trainer passes down, is for losses alone
 _MODEL_ARGUMENTS = {
     "input_ids", "attention_mask", "position_ids", "inputs_embeds", "past_key_values", "use_cache",
     "return_dict", "output_attentions", "output_hidden_states", "is_causal", "labels",
-    "logits_to_keep", "cache_position",
+    "logits_to_keep", "cache_position", "num_items_in_batch",
 }  # fmt: skip
 _LAYER_ARGUMENTS = {
     "hidden_states", "attention_mask", "position_ids", "use_cache", "position_embeddings",
     "output_attentions", "output_hidden_states", "is_causal", "cache_position",
+    "num_items_in_batch",
 }  # fmt: skip
 
 
@@ -57,6 +60,8 @@ def check_environment() -> None:
         _explain_environment()
     if _tracing() is not None:
         raise FusionError(Reason.TRACING, "torch.jit is tracing")
+    if forward_ad._current_level >= 0:
+        raise FusionError(Reason.GRADIENTS, "a level of forward-mode differentiation is open")
 
 
 def _explain_environment() -> None:
@@ -163,9 +168,9 @@ def read_model_call(binding: ModelBinding, call: dict[str, Any], config: dict) -
 class EncoderCall(NamedTuple):
     """A call of a whole encoder that may run.
 
-    mask: None, (B, S), or (B, 1, 1, S) where a sequence starts with padding: its first position,
-    which poolers and heads read, must then be computed, and so everything is. owned: the result may
-    take the place of x.
+    mask: None, (B, S), or (B, 1, 1, S) where everything is computed, padding too: where a sequence
+    starts with it, since poolers and heads read the first position, and under heads that score
+    every position. owned: the result may take the place of x.
     """
 
     x: torch.Tensor
@@ -175,14 +180,20 @@ class EncoderCall(NamedTuple):
 
 _ENCODER_ARGUMENTS = {
     "attention_mask", "return_dict", "output_attentions", "output_hidden_states", "is_causal",
-    "use_cache",
+    "use_cache", "num_items_in_batch",
 }  # fmt: skip
 
 
 def read_encoder_call(
-    binding: ModelBinding, call: dict[str, Any], config: dict, encoder: EncoderCalls
+    binding: ModelBinding,
+    call: dict[str, Any],
+    config: dict,
+    encoder: EncoderCalls,
+    every_row: bool = False,
 ) -> EncoderCall:
-    """The call as a back end takes it, its embeddings made by the model's own module."""
+    """The call as a back end takes it, its embeddings made by the model's own module; `every_row`:
+    padding is computed.
+    """
     known = _ENCODER_ARGUMENTS | set(encoder.arguments)
     if not call.keys() <= known:
         _check_unknown(call, known)
@@ -206,7 +217,7 @@ def read_encoder_call(
                 f"attention_mask has shape {tuple(mask.shape)}, expected {tuple(x.shape[:2])}",
             )
         mask = mask != 0
-        if bool((mask.any(1) & ~mask[:, 0]).any()):
+        if every_row and not bool(mask.all()) or bool((mask.any(1) & ~mask[:, 0]).any()):
             mask = mask[:, None, None, :]
     return EncoderCall(x, mask, encoder.owned(binding.base))
 
@@ -274,7 +285,7 @@ def read_layer_call(binding: LayerBinding, call: dict[str, Any], cache_argument:
     if get("cache_position") is not None:
         check_cache_position(call["cache_position"], past, queries, binding)
     if mask is not None:
-        check_mask(mask, batch, queries, past, binding, static)
+        check_mask(mask, batch, queries, past, binding, slot)
     elif (queries > 1 and (past or binding.implementation == "eager")) or (static and queries == 1):
         raise FusionError(
             Reason.MASK, "attention_mask is None where that does not mean a causal mask"

@@ -15,7 +15,7 @@ from . import patches as _patches  # noqa: F401  (the families register themselv
 from .backends import Backends, check_fusion, resolve
 from .binding import LayerBinding
 from .forwards import BASE, CAUSAL_LM, KEY, LAYER, ROOT, UNPICKLED, Handle, State, forward_for
-from .registry import Family, class_name, families, family_of
+from .registry import Family, class_name, expect_type, families, family_of
 from .report import FusionError, LayerReport, Reason, Report, Stats
 from .watch import is_ours
 
@@ -28,6 +28,8 @@ _PASSING = {
     Reason.DTYPE,
     Reason.MIXED_DTYPE,
 }
+# heads whose softmax runs over positions, padding among them
+_SCORING_PADDING = "ForQuestionAnswering"
 
 
 def patch(
@@ -77,7 +79,8 @@ def patch(
         raise FusionError(
             Reason.ARGUMENT, f"packed is {packed!r}, expected True, False or None"
         )
-    state = State(family, fusion, backend, strict, resolved, layers, failure, packed)
+    every_row = any(type(m).__name__.endswith(_SCORING_PADDING) for m in model.modules())
+    state = State(family, fusion, backend, strict, resolved, layers, failure, packed, every_row)
     report = _examine(model, state)
     if strict:
         _insist(report)
@@ -162,12 +165,23 @@ def _install(model: nn.Module, state: State) -> None:
             _install_one(module, state, LAYER)
 
 
+def _is_replaced(module: nn.Module) -> bool:
+    """Whether there is a forward on the instance that is not ours; under accelerate's hooks, one
+    that is not the class's own either.
+    """
+    namespace = vars(module)
+    hooked = "_old_forward" in namespace
+    value = namespace.get("_old_forward" if hooked else "forward")
+    own = hooked and getattr(value, "__func__", None) is type(module).forward
+    return not (value is None or is_ours(value) or (own and value.__self__ is module))
+
+
 def _install_one(module: nn.Module, state: State, level: str) -> None:
     """Installs one forward: under accelerate's hooks, never over another override."""
     namespace = vars(module)
-    slot = "_old_forward" if "_old_forward" in namespace else "forward"
-    if slot == "forward" and slot in namespace:
+    if _is_replaced(module):
         return
+    slot = "_old_forward" if "_old_forward" in namespace else "forward"
     namespace[KEY] = Handle(state, level, namespace.get(slot))
     namespace[slot] = MethodType(forward_for(type(module), level, state.fusion == "none"), module)
 
@@ -179,14 +193,14 @@ def _examine(model: nn.Module, state: State) -> Report:
     if state.error is not None:
         report.reason, report.detail = state.error.reason, state.error.message
     for prefix, base in _bases(model, family):
+        names = {id(m): name for name, m in base.named_modules()}
         try:
-            family.parts(base)
+            layers = list(family.parts(base).layers)
         except FusionError as error:
             report.reason, report.detail = error.reason, error.message
-        layers = [
-            (name, m) for name, m in base.named_modules() if class_name(m) == family.layer_class
-        ]
-        for name, layer in layers:
+            layers = [m for m in base.modules() if class_name(m) == family.layer_class]
+        for layer in layers:
+            name = names[id(layer)]
             backend, error = _layer_backend(state, layer)
             if backend is None and error is not None and report.reason is None:
                 report.reason, report.detail = error.reason, error.message
@@ -206,6 +220,20 @@ def _examine(model: nn.Module, state: State) -> Report:
                     detail=error.message if error else "",
                 )
             )
+    for other in families():
+        for name, base in _bases(model, other) if other is not family else ():
+            detail = f"{class_name(base)} is of another family, expected a patch of its own"
+            report.layers.append(
+                LayerReport(
+                    index=len(report.layers),
+                    name=name,
+                    fusion=state.fusion,
+                    backend=None,
+                    kernel=None,
+                    reason=Reason.OTHER_FAMILY,
+                    detail=detail,
+                )
+            )
     return report
 
 
@@ -219,8 +247,11 @@ def _layer_backend(state: State, layer: nn.Module) -> tuple[Any, FusionError | N
         backend = state.layer_backends.of(device)
     except FusionError as error:
         return None, error if state.fusion != "none" else None  # wrappers need no back end
-    override = vars(layer).get("forward")
-    if override is not None and "_old_forward" not in vars(layer) and not is_ours(override):
+    try:
+        expect_type("the layer", layer, state.family.layer_class)
+    except FusionError as error:
+        return backend, error
+    if _is_replaced(layer):
         error = FusionError(
             Reason.FORWARD_REPLACED, "forward has been replaced on the instance"
         )

@@ -15,6 +15,7 @@ class Reason(Enum):
 
     # found when a model is patched or bound
     UNKNOWN_FAMILY = "unknown model family"
+    OTHER_FAMILY = "another model family beside the patched one"
     STRUCTURE = "unexpected structure"
     MODULE_TYPE = "module of an unexpected type"
     FORWARD_REPLACED = "forward replaced"

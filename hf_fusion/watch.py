@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .registry import class_name, is_original
@@ -22,6 +23,7 @@ GLOBAL = (
     nn.modules.module._global_forward_hooks,
     nn.modules.module._global_forward_pre_hooks,
     ALL_ATTENTION_FUNCTIONS._local_mapping,
+    ALL_MASK_ATTENTION_FUNCTIONS._local_mapping,
 )
 # modules that do the same in training mode
 _INDIFFERENT = (nn.Linear, nn.LayerNorm, nn.Embedding, nn.ModuleList)
@@ -82,9 +84,6 @@ class Watch:
         ] = []  # __dict__ of modules with inert hooks, and these
         self.tensors: list[torch.Tensor] = []
         self.facts: list[list] = [[] for _ in _tensor_facts]
-        self.matrices: list[
-            torch.Tensor
-        ] = []  # those of the tensors that a transposed view could replace unseen
 
     def entry(self, namespace: Any, key: str) -> None:
         """Watches namespace[key]."""
@@ -98,8 +97,6 @@ class Watch:
             self.tensors.append(tensor)
             for fact, values in zip(_tensor_facts, self.facts, strict=True):
                 values.append(fact(tensor))
-            if tensor.dim() > 1:
-                self.matrices.append(tensor)
 
     def module(self, name: str, module: nn.Module, inner: bool = True, hooks: bool = True) -> None:
         """Watches children, parameters, class, mode, hooks and forward of a module.
@@ -178,4 +175,4 @@ class Watch:
         for fact, values in zip(_tensor_facts, self.facts, strict=True):
             if list(map(fact, self.tensors)) != values:
                 return False
-        return all(map(_is_contiguous, self.matrices))
+        return all(map(_is_contiguous, self.tensors))

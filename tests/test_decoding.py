@@ -173,9 +173,9 @@ def test_a_streamer(options):
 
 
 def test_a_device_keeps_its_own_method():
-    ids = torch.zeros(1, 3, dtype=torch.int64, device="meta")
+    model, ids = model_of(), torch.zeros(1, 3, dtype=torch.int64, device="meta")
     with pytest.raises(hf_fusion.FusionError, match="the model is on meta"):
-        decoding._plan(ids, [], [], model_of().generation_config, {})
+        decoding._plan(model, ids, [], [], model.generation_config, {})
 
 
 def test_a_model_that_is_not_patched():
