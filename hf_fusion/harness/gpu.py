@@ -39,10 +39,6 @@ RUNGS = {
 }
 HEAD_DIMS = (32, 64, 80, 96, 128)  # of the small steps
 SPEED_MODEL, SPEED_CONTEXTS = "pythia-2.8b", (32, 1984)
-LOOPS = {
-    "loop on the device": {},
-    "the same, tokens drawn": {"do_sample": True, "top_k": 50, "top_p": 0.95},
-}
 STREAM_BYTES = 8 << 30
 
 
@@ -241,22 +237,25 @@ def speed(record: Record) -> None:
             parity=verdicts.get((judged_as, context)) if judged_as else None,
         )  # fmt: skip
 
-    for name in ("full, token", "full, chain"):
+    def add_loop(how: str, **options: Any) -> None:
         for context in SPEED_CONTEXTS:
-            with rung(model, name):
-                add(name, "graph replay", context, per_replay(model, context), name)
-    for context in SPEED_CONTEXTS:
-        ids, _ = _inputs(context - STEPS, 1, False)
-        for how, options in LOOPS.items():
+            ids, _ = _inputs(context - STEPS, 1, False)
             with rung(model, "full, token"):
                 # long, so that recording its graph does not count
                 took = per_token(_looped(model, ids, **options), many=256)
                 add("hf_fusion.generate", how, context, took, "full, token")
+
+    for name in ("full, token", "full, chain"):
+        for context in SPEED_CONTEXTS:
+            with rung(model, name):
+                add(name, "graph replay", context, per_replay(model, context), name)
+    add_loop("loop on the device")
     for context in SPEED_CONTEXTS:
         for name in (None, *RUNGS):
             with rung(model, name):
                 milliseconds = per_token(_generations(model, context))
             add(name or "stock, eager", "generate()", context, milliseconds, name)
+    add_loop("the same, tokens drawn", do_sample=True, top_k=50, top_p=0.95)
     for context in SPEED_CONTEXTS[:1]:  # last: compiling takes longest
         run = _generations(model, context, cache_implementation="static")
         add("stock, compiled, static cache", "generate()", context, per_token(run), None)
