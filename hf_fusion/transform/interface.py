@@ -2,7 +2,8 @@
 
 While `semantic_attention(model)` holds, every attention of the model that goes through the
 interface calls `ops.attention`, and a mask that the caller did not give is not built: what it would
-say is in the operator's `causal` and `window`. The configurations are as before afterwards.
+say is in the operator's `causal` and `window`. The configurations and transformers' registries are
+as before afterwards.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from ..report import FusionError, Reason
 from .ops import attention
 
-NAME = "hf_fusion"
+NAME = "hf_fusion_capture"  # of no implementation that `register_attention` adds
 _ABSENT = object()
 _capture = threading.local()
 
@@ -82,13 +83,24 @@ def interface_mask(
     )  # fmt: skip
 
 
-def _register() -> None:
-    """Adds both functions to transformers under `NAME`; nothing uses them until it is asked to."""
+@contextlib.contextmanager
+def _registered() -> Iterator[None]:
+    """Both functions are in transformers' registries under `NAME` while this holds."""
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface
 
+    registries = [AttentionInterface._global_mapping, AttentionMaskInterface._global_mapping]
+    before = [registry.get(NAME, _ABSENT) for registry in registries]
     AttentionInterface.register(NAME, interface_attention)
     AttentionMaskInterface.register(NAME, interface_mask)
+    try:
+        yield
+    finally:
+        for registry, found in zip(registries, before, strict=True):
+            if found is _ABSENT:
+                registry.pop(NAME, None)
+            else:
+                registry[NAME] = found
 
 
 def configurations(model: nn.Module) -> list:
@@ -118,7 +130,6 @@ def semantic_attention(
         return
     from transformers import masking_utils
 
-    _register()
     before = [config._attn_implementation_internal for config in configs]
     test = masking_utils.find_packed_sequence_indices
     _capture.masks, _capture.windows = masks, []
@@ -127,7 +138,8 @@ def semantic_attention(
             config._attn_implementation_internal = NAME
         if not positions:
             masking_utils.find_packed_sequence_indices = lambda position_ids: None
-        yield True
+        with _registered():
+            yield True
     finally:
         masking_utils.find_packed_sequence_indices = test
         _capture.masks, _capture.windows = False, []
