@@ -77,8 +77,15 @@ def _positions(config: Any) -> int:
 def like(name: str, example: Tensor, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     """A tensor of `shape` with the values' range of `example`; masks are padded at the right.
 
-    What holds infinities, as an additive mask does, is repeated.
+    A mask is two-dimensional, with "mask" in its name, of zeros and ones; one without a zero is
+    padded too. What holds infinities, as an additive mask does, is repeated.
     """
+    if "mask" in name and example.dim() == 2 and _marks(example):
+        drawn = torch.ones(shape, dtype=example.dtype)
+        for row in range(shape[0]):
+            # at most two, so that a narrow window leaves no query without a key
+            drawn[row, max(1, shape[1] - (2, 0, 1)[row % 3]) :] = 0
+        return drawn
     if example.is_floating_point() and bool(example.isfinite().all()):
         low = float(example.float().std()) if example.numel() > 1 else 1.0
         drawn = torch.randn(shape, generator=generator) * (low or 1.0) + example.float().mean()
@@ -87,14 +94,15 @@ def like(name: str, example: Tensor, shape: tuple[int, ...], generator: torch.Ge
         return _tiled(example, shape)
     least, most = int(example.min()), int(example.max())
     if "mask" in name and most <= 1:
-        if least == 1 or example.dim() != 2:
-            return _tiled(example, shape)
-        drawn = torch.ones(shape, dtype=example.dtype)
-        for row in range(shape[0]):
-            # at most two, so that a narrow window leaves no query without a key
-            drawn[row, max(1, shape[1] - (2, 0, 1)[row % 3]) :] = 0
-        return drawn
+        return _tiled(example, shape)
     return torch.randint(least, most + 1, shape, generator=generator, dtype=example.dtype)
+
+
+def _marks(example: Tensor) -> bool:
+    """Whether the values are 1 for what is seen and 0 for what is not, with something seen."""
+    if example.dtype == torch.bool:
+        return bool(example.all())  # with both values, either may be what is seen
+    return bool(((example == 0) | (example == 1)).all()) and bool(example.any())
 
 
 def _tiled(example: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -104,13 +104,18 @@ def _registered() -> Iterator[None]:
 
 
 def configurations(model: nn.Module) -> list:
-    """Every configuration in the model that chooses an attention implementation, each once."""
-    found, waiting = {}, [getattr(module, "config", None) for module in model.modules()]
-    while waiting:
-        config = waiting.pop()
-        if hasattr(config, "_attn_implementation_internal") and id(config) not in found:
+    """Every configuration by which a module chooses its attention from the interface, each once.
+
+    The others keep their implementation: their modules would read a mask made for the operator as
+    one of their own, a bool mask as something to add.
+    """
+    found = {}
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if not hasattr(config, "_attn_implementation_internal"):
+            continue
+        if getattr(module, "_supports_attention_backend", False) or calls_interface(module):
             found[id(config)] = config
-            waiting += [getattr(config, name, None) for name in getattr(config, "sub_configs", {})]
     return list(found.values())
 
 
@@ -118,7 +123,7 @@ def configurations(model: nn.Module) -> list:
 def semantic_attention(
     model: nn.Module, masks: bool = False, positions: bool = False
 ) -> Iterator[bool]:
-    """Whether the model has a configuration to choose by; it chooses `NAME` while this holds.
+    """Whether attention of the model is chosen by configuration; it is `NAME` while this holds.
 
     masks: masks are built even where the operator's arguments say the same. positions: the caller
     gives position ids, which may hold several sequences in a row; otherwise they count up, and
@@ -153,14 +158,17 @@ _PROJECTIONS = (
 )  # fmt: skip
 
 
+def calls_interface(module: nn.Module) -> bool:
+    """Whether the module's forward looks its attention up in transformers' interface."""
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    return "ALL_ATTENTION_FUNCTIONS" in getattr(code, "co_names", ())
+
+
 def is_attention(module: nn.Module) -> bool:
     """Whether the module is an attention layer: torch's own, one that calls the interface, or one
     with the projections of one.
     """
-    if isinstance(module, nn.MultiheadAttention):
-        return True
-    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
-    if "ALL_ATTENTION_FUNCTIONS" in getattr(code, "co_names", ()):
+    if isinstance(module, nn.MultiheadAttention) or calls_interface(module):
         return True
     children = {name for name, child in module.named_children() if hasattr(child, "weight")}
     return any(names <= children for names in _PROJECTIONS)
