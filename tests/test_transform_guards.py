@@ -1,4 +1,4 @@
-"""What a fused model was captured for: registries, masks, sizes, arguments, and the model itself."""
+"""What a fused model was captured for: masks, sizes, arguments; and the model left as it was."""
 
 from __future__ import annotations
 
@@ -51,3 +51,30 @@ def test_masks_that_hide_nothing_are_drawn_with_padding(kind):
     drawn = like("attention_mask", torch.ones(2, 7, dtype=kind), (3, 6), torch.Generator())
     assert drawn.dtype == kind and drawn.sum(1).tolist() == [4, 6, 5]
     assert drawn[0].tolist() == [1, 1, 1, 1, 0, 0]
+
+
+@pytest.mark.parametrize("head", ["SequenceClassification", "MaskedLM", "QuestionAnswering"])
+def test_arguments_may_go_through_open_ended_parameters(head):
+    config = transformers.BertConfig(**graphs.SIZES, vocab_size=99)
+    model = getattr(transformers, f"BertFor{head}")(config).eval()
+    fused, ids = fuse(model, backends=("aten",), shapes=1), torch.randint(5, 99, (3, 6))
+    assert graphs.furthest(model(input_ids=ids), fused(input_ids=ids)) < 5e-6
+    assert fused.stats.fused == 1
+
+
+def test_an_encoder_alone_is_given_no_decoder_input():
+    config = transformers.LongT5Config(
+        vocab_size=99, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4
+    )
+    fused = fuse(transformers.LongT5EncoderModel(config).eval(), mask=True, backends=("aten",))
+    assert fused.captured.signature.arguments == ["input_ids", "attention_mask", "use_cache"]
+    assert max(fused.report.errors) < 5e-6
+
+
+def test_hidden_states_asked_for_are_given():
+    model, ids = graphs.model("bert"), torch.randint(5, 99, (2, 7))
+    given = {"output_hidden_states": True, "input_ids": ids, "token_type_ids": ids % 2}
+    fused = fuse(model, given, backends=("aten",), shapes=1)
+    got = fused(**given)
+    assert len(got.hidden_states) == 3 and graphs.furthest(model(**given), got) < 5e-6
+    assert fused.stats.fused == 1

@@ -9,7 +9,8 @@ are the model's own.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -111,7 +112,7 @@ def capture(
         example_inputs = build_inputs(model, mask=mask)
     named = bind(model, example_inputs)
     defaults = _defaults(model, named)
-    named |= defaults
+    named = _ordered(inspect.signature(model.forward), named | defaults)
     program, road, notes = _export(model, named, dynamic)
     if not writes_are_plain(program.graph):
         # writes through views become results; nothing is taken apart, but spelled differently
@@ -157,11 +158,40 @@ def _export(model: nn.Module, named: dict[str, Any], dynamic: bool):
 
 
 def _try_export(model: nn.Module, named: dict[str, Any], dynamic: bool):
-    shapes = pytree.tree_map(lambda leaf: _free(leaf) if dynamic else None, named)
-    with torch.no_grad(), without_fast_path(model):
-        return torch.export.export(
-            model, (), named, dynamic_shapes=shapes if dynamic else None, strict=False
-        )
+    shapes = pytree.tree_map(_free, named) if dynamic else None
+    with torch.no_grad(), without_fast_path(model), _spelled_out(model, named):
+        return torch.export.export(model, (), named, dynamic_shapes=shapes, strict=False)
+
+
+@contextmanager
+def _spelled_out(model: nn.Module, named: dict[str, Any]) -> Iterator[None]:
+    """The model's forward with a parameter for each of the arguments while this holds.
+
+    torch.export has no dynamic shapes for what a signature takes as **kwargs.
+    """
+    forward = model.forward
+    if set(named) <= set(inspect.signature(forward).parameters):
+        yield
+        return
+
+    def spelled_out(**given: Any) -> Any:
+        return forward(**given)
+
+    named_only = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY) for n in named]
+    spelled_out.__signature__ = inspect.Signature(named_only)
+    before = vars(model).get("forward")
+    model.forward = spelled_out
+    try:
+        yield
+    finally:
+        del model.forward
+        if before is not None:
+            model.forward = before
+
+
+def _ordered(signature: inspect.Signature, named: dict[str, Any]) -> dict[str, Any]:
+    """The arguments in the signature's order, as export has its inputs; then the others."""
+    return {name: named[name] for name in signature.parameters if name in named} | named
 
 
 def _free(leaf: Any) -> Any:

@@ -28,8 +28,9 @@ def example_inputs(model: nn.Module, seed: int = 0, mask: bool = False) -> dict[
             Reason.INPUT, f"{type(model).__name__} has no configuration: give example_inputs"
         )
     config = getattr(config, "text_config", config) if name == "input_ids" else config
+    parameters = inspect.signature(model.forward).parameters
     masks = {"input_ids": "attention_mask", "pixel_values": "pixel_mask"}
-    if mask and masks.get(name) not in inspect.signature(model.forward).parameters:
+    if mask and masks.get(name) not in parameters:
         raise FusionError(
             Reason.INPUT, f"{type(model).__name__} takes no mask of its {name}: leave `mask` out"
         )
@@ -63,7 +64,7 @@ def example_inputs(model: nn.Module, seed: int = 0, mask: bool = False) -> dict[
     if mask:
         made["attention_mask"] = torch.ones(BATCH, length, dtype=torch.int64)
         made["attention_mask"][0, -2:] = 0
-    if getattr(config, "is_encoder_decoder", False):
+    if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in parameters:
         made["decoder_input_ids"] = ids(min(TARGET, _positions(config)))
     return made
 
