@@ -6,12 +6,15 @@ import graphs
 import pytest
 import torch
 import transformers
+from torch import nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
 import hf_fusion
-from hf_fusion.transform import fuse
+from hf_fusion import FusionError
+from hf_fusion.transform import FusedModel, fuse
 from hf_fusion.transform.inputs import like
+from hf_fusion.transform.model import arguments_of
 
 
 @pytest.fixture(autouse=True)
@@ -78,3 +81,48 @@ def test_hidden_states_asked_for_are_given():
     got = fused(**given)
     assert len(got.hidden_states) == 3 and graphs.furthest(model(**given), got) < 5e-6
     assert fused.stats.fused == 1
+
+
+class Scaled(nn.Module):
+    """A scale of 2 where none is given, of 3 where it is given as None."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x, scale=2.0, shift=None):
+        y = self.linear(x) * (3.0 if scale is None else scale)
+        return y if shift is None else y + shift
+
+
+def test_none_is_an_argument_where_it_is_no_default(tmp_path):
+    model, x = Scaled().eval(), torch.randn(2, 13, 8)
+    fused = fuse(model, x, backends=("aten",))
+    assert graphs.furthest(model(x, None), fused(x, scale=None)) == 0 and not fused.stats.fused
+    assert graphs.furthest(model(x), fused(x, shift=None)) < 1e-6 and fused.stats.fused == 1
+    none = fuse(model, {"x": x, "scale": None}, backends=("aten",))
+    none.save(tmp_path)
+    for called in (none, FusedModel.load(tmp_path, ("aten",))):
+        assert graphs.furthest(model(x, None), called(x, scale=None)) < 1e-6
+        assert called.stats.fused == 1
+    assert graphs.furthest(model(x), none(x)) == 0 and none.stats.fused == 1
+
+
+def test_one_tensor_for_several_arguments_is_one_in_every_call(tmp_path):
+    model = nn.MultiheadAttention(16, 2, batch_first=True).eval()
+    q, k, v = torch.randn(3, 2, 5, 16)
+    fused = fuse(model, (q, q, q), backends=("aten",))
+    assert graphs.furthest(model(q, k, v), fused(q, k, v)) == 0 and not fused.stats.fused
+    assert graphs.furthest(model(v, v, v), fused(v, v, v)) < 1e-6 and fused.stats.fused == 1
+    fused.save(tmp_path)
+    loaded = FusedModel.load(tmp_path, ("aten",))
+    assert graphs.furthest(fused(v, v, v), loaded(v, v, v)) < 1e-6
+    with pytest.raises(FusionError, match="another tensor than query"):
+        loaded(q, k, v)
+    loaded(**arguments_of(loaded))
+
+
+@pytest.mark.parametrize("count", [0, -1])
+def test_a_graph_is_verified_at_one_shape_or_more(count):
+    with pytest.raises(FusionError, match="expected 1 or more"):
+        fuse(graphs.model("bert"), shapes=count)

@@ -31,12 +31,14 @@ class Signature:
     """How a call's arguments become the graph's flat inputs.
 
     names: one per leaf of the arguments, in order; leaves: None where the graph takes the leaf as a
-    tensor, else the constant that was captured; sizes: per tensor, its extents, an int where fixed
-    and a symbol's name where free. defaults: arguments added to every call.
+    tensor, else the constant that was captured, alone in a tuple; same: per leaf, the first one
+    that is the same tensor; sizes: per tensor, its extents, an int where fixed and a symbol's name
+    where free. defaults: arguments added to every call.
     """
 
     names: list[str]
-    leaves: list[Any]
+    leaves: list[tuple[Any] | None]
+    same: list[int]
     sizes: list[tuple[int | str, ...]]
     dtypes: list[torch.dtype]
     arguments: list[str]
@@ -58,7 +60,7 @@ class Capture:
 
 
 def bind(model: nn.Module, example_inputs: Any) -> dict[str, Any]:
-    """Example inputs as named arguments of the model's forward, None left out.
+    """Example inputs as named arguments of the model's forward, None left out where it is default.
 
     A tensor or a tuple is positional, a mapping named. Raises FusionError where they do not fit.
     """
@@ -78,7 +80,10 @@ def bind(model: nn.Module, example_inputs: Any) -> dict[str, Any]:
 
 
 def named_arguments(signature: inspect.Signature, args: tuple, kwargs: dict) -> dict[str, Any]:
-    """The call's arguments by name; FusionError(ARGUMENT) where the signature refuses them."""
+    """The call's arguments by name, without those that are None by default and given as None.
+
+    FusionError(ARGUMENT) where the signature refuses them.
+    """
     try:
         bound = signature.bind(*args, **kwargs).arguments
     except TypeError as error:
@@ -92,7 +97,8 @@ def named_arguments(signature: inspect.Signature, args: tuple, kwargs: dict) -> 
             raise FusionError(Reason.ARGUMENT, f"positional arguments in *{name} have no names")
         else:
             named[name] = value
-    return {name: value for name, value in named.items() if value is not None}
+    optional = {name for name, p in signature.parameters.items() if p.default is None}
+    return {n: value for n, value in named.items() if value is not None or n not in optional}
 
 
 def capture(
@@ -207,12 +213,14 @@ def _flatten(
     """Makes the graph's inputs and outputs flat lists; says how a call maps onto them."""
     leaves, structure = pytree.tree_flatten(named)
     placeholders = module.graph.find_nodes(op="placeholder")
-    signature = Signature([], [], [], [], list(named), structure, defaults)
+    first = {id(leaf): i for i, leaf in reversed(list(enumerate(leaves)))}
+    same = [first[id(x)] if isinstance(x, Tensor) else i for i, x in enumerate(leaves)]
+    signature = Signature([], [], same, [], [], list(named), structure, defaults)
     examples = []
     for node, leaf in zip(placeholders, leaves, strict=True):
         tensor = isinstance(leaf, Tensor)
         signature.names.append(node.name)
-        signature.leaves.append(None if tensor else leaf)
+        signature.leaves.append(None if tensor else (leaf,))
         if tensor:
             value = node.meta["val"]
             signature.sizes.append(

@@ -92,7 +92,7 @@ class FusedModel(nn.Module):
         if len(args) > len(names):
             raise FusionError(Reason.ARGUMENT, f"{len(args)} arguments, expected {len(names)}")
         named = dict(zip(names, args)) | kwargs
-        return {name: value for name, value in named.items() if value is not None}
+        return {n: value for n, value in named.items() if value is not None or n in names}
 
     def _trained(self) -> list[Tensor]:
         return list(self.original.parameters()) if self.original is not None else []
@@ -120,11 +120,20 @@ class FusedModel(nn.Module):
 def _checked(signature: Signature, leaves: list[Any]) -> list[Tensor]:
     tensors, free = [], {}
     kinds = iter(zip(signature.sizes, signature.dtypes, strict=True))
-    for name, captured, leaf in zip(signature.names, signature.leaves, leaves, strict=True):
+    for name, captured, first, leaf in zip(
+        signature.names, signature.leaves, signature.same, leaves, strict=True
+    ):
         if captured is not None:
-            if type(leaf) is not type(captured) or leaf != captured:
-                raise FusionError(Reason.ARGUMENT, f"{name} is {leaf!r}, captured was {captured!r}")
+            if type(leaf) is not type(captured[0]) or leaf != captured[0]:
+                raise FusionError(
+                    Reason.ARGUMENT, f"{name} is {leaf!r}, captured was {captured[0]!r}"
+                )
             continue
+        if leaves[first] is not leaf:
+            raise FusionError(
+                Reason.ARGUMENT,
+                f"{name} is another tensor than {signature.names[first]}, captured was one",
+            )
         sizes, dtype = next(kinds)
         if not isinstance(leaf, Tensor):
             raise FusionError(Reason.INPUT, f"{name} is {type(leaf).__name__}, expected a tensor")

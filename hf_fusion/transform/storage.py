@@ -62,6 +62,7 @@ def save(fused: FusedModel, folder: Any) -> None:
         "signature": {
             "names": signature.names,
             "leaves": [_encoded(leaf) for leaf in signature.leaves],
+            "same": signature.same,
             "sizes": signature.sizes,
             "dtypes": [_encoded(dtype) for dtype in signature.dtypes],
             "arguments": signature.arguments,
@@ -252,13 +253,15 @@ def _captured(described: dict[str, Any], tensors: dict[str, Tensor]) -> Capture:
     signature = Signature(
         stored["names"],
         [_decoded(leaf, {}) for leaf in stored["leaves"]],
+        stored["same"],
         [tuple(sizes) for sizes in stored["sizes"]],
         [_decoded(dtype, {}) for dtype in stored["dtypes"]],
         stored["arguments"],
         pytree.treespec_loads(stored["structure"]),
         {name: _decoded(value, {}) for name, value in stored["defaults"].items()},
     )
-    examples = [tensors[f"example.{i}"] for i in range(len(signature.sizes))]
+    taken = [i for i, leaf in enumerate(signature.leaves) if leaf is None]
+    examples = [tensors[f"example.{taken.index(signature.same[i])}"] for i in taken]
     _propagate(module, examples)
     output = pytree.treespec_loads(described["output"])
     return Capture(module, signature, output, described["road"], described["expected"], examples)

@@ -44,26 +44,24 @@ def shapes(captured: Capture, count: int = 3) -> list[dict[str, int]]:
 def inputs_at(captured: Capture, sizes: dict[str, int], seed: int) -> list[Tensor]:
     """Tensors of the captured kinds at other sizes."""
     generator = torch.Generator().manual_seed(seed)
-    tensors = []
-    names = [
-        name
-        for name, leaf in zip(captured.signature.names, captured.signature.leaves, strict=True)
-        if leaf is None
-    ]
-    for name, example, extents in zip(
-        names, captured.examples, captured.signature.sizes, strict=True
-    ):
+    signature, made = captured.signature, {}
+    kinds = iter(zip(captured.examples, signature.sizes, strict=True))
+    for index, (name, leaf) in enumerate(zip(signature.names, signature.leaves, strict=True)):
+        if leaf is not None:
+            continue
+        example, extents = next(kinds)
         shape = tuple(sizes.get(n, d) if isinstance(n, str) else n
                       for n, d in zip(extents, example.shape, strict=True))  # fmt: skip
-        tensors.append(like(name, example, shape, generator))
-    return tensors
+        first = signature.same[index]
+        made[index] = made[first] if first in made else like(name, example, shape, generator)
+    return list(made.values())
 
 
 def call_arguments(captured: Capture, tensors: list[Tensor]) -> dict[str, Any]:
     """The model's named arguments for flat tensors."""
     flat, values = iter(tensors), []
     for leaf in captured.signature.leaves:
-        values.append(next(flat) if leaf is None else leaf)
+        values.append(next(flat) if leaf is None else leaf[0])
     return pytree.tree_unflatten(values, captured.signature.structure)
 
 
@@ -77,9 +75,11 @@ def verify(
 ) -> tuple[list[str], list[float]]:
     """(shapes, largest difference at each); FusionError(INVALID) where one is too large.
 
-    Also refused: fewer than one shape, and outputs that are constant or not finite, for which any
-    graph would pass.
+    Also refused: fewer than one shape (ARGUMENT), and outputs that are constant or not finite, for
+    which any graph would pass.
     """
+    if count < 1:
+        raise FusionError(Reason.ARGUMENT, f"verified at {count} shapes, expected 1 or more")
     named, errors = [], []
     exact: nn.Module | None = None
     for step, sizes in enumerate(shapes(captured, count)):
