@@ -13,6 +13,7 @@ from transformers.masking_utils import AttentionMaskInterface
 import hf_fusion
 from hf_fusion import FusionError
 from hf_fusion.transform import FusedModel, fuse
+from hf_fusion.transform.capture import capture
 from hf_fusion.transform.inputs import like
 from hf_fusion.transform.model import arguments_of
 
@@ -126,3 +127,37 @@ def test_one_tensor_for_several_arguments_is_one_in_every_call(tmp_path):
 def test_a_graph_is_verified_at_one_shape_or_more(count):
     with pytest.raises(FusionError, match="expected 1 or more"):
         fuse(graphs.model("bert"), shapes=count)
+
+
+class Keeps(nn.Module):
+    """Keeps a table in an attribute, a buffer and a dict when it is first called."""
+
+    def __init__(self, fails=False):
+        super().__init__()
+        self.linear, self.kept, self.fails = nn.Linear(8, 8), {}, fails
+        self.register_buffer("base", torch.rand(8))
+
+    def forward(self, x):
+        if not hasattr(self, "table"):
+            self.table = self.kept["table"] = self.base * 2
+            self.register_buffer("other", self.base + 1)
+        if self.fails and x.sum() > 0:
+            return x
+        return self.linear(x) + self.table * self.kept["table"] + self.other
+
+
+@pytest.mark.filterwarnings("ignore:The tensor attributes")
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_a_forward_keeps_is_not_what_was_traced(fails):
+    model, x = Keeps(fails).eval(), torch.rand(2, 13, 8)
+    before = {name: dict(m.__dict__) for name, m in model.named_modules()}
+    if fails:
+        with pytest.raises(FusionError, match="without branches on values"):
+            capture(model, x)
+    else:
+        captured = capture(model, x)
+    assert {name: dict(m.__dict__) for name, m in model.named_modules()} == before
+    assert not model.kept and list(model._buffers) == ["base"]
+    if not fails:
+        assert graphs.furthest(model(x), captured.graph_module(x)) < 1e-6
+        assert type(model.table) is torch.Tensor

@@ -9,8 +9,7 @@ are the model's own.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +23,7 @@ from .canonical import canonicalise, writes_are_plain
 from .fast_path import without_fast_path
 from .inputs import example_inputs as build_inputs
 from .interface import attention_layers, semantic_attention
+from .unchanged import unchanged
 
 
 @dataclass
@@ -120,15 +120,18 @@ def capture(
     defaults = _defaults(model, named)
     named = _ordered(inspect.signature(model.forward), named | defaults)
     program, road, notes = _export(model, named, dynamic)
-    if not writes_are_plain(program.graph):
-        # writes through views become results; nothing is taken apart, but spelled differently
-        program = program.run_decompositions({})
-    module = program.module(check_guards=False)
-    info = module.graph._codegen.pytree_info
-    signature, examples = _flatten(module, named, defaults)
-    # a plain GraphModule: the exported one checks its calls against a structure that is gone
-    module = fx.GraphModule(module, module.graph, type(model).__name__)
-    canonicalise(module)
+    try:
+        if not writes_are_plain(program.graph):
+            # writes through views become results; nothing is taken apart, but spelled differently
+            program = program.run_decompositions({})
+        module = program.module(check_guards=False)
+        info = module.graph._codegen.pytree_info
+        signature, examples = _flatten(module, named, defaults)
+        # a plain GraphModule: the exported one checks its calls against a structure that is gone
+        module = fx.GraphModule(module, module.graph, type(model).__name__)
+        canonicalise(module)
+    except Exception as error:  # as above, of many unrelated types
+        raise FusionError(Reason.TRACING, _said(model, error)) from error
     expected = {name: type(m).__name__ for name, m in attention_layers(model).items()}
     module.meta["attention_layers"] = expected
     return Capture(module, signature, info.out_spec, road, expected, examples, notes)
@@ -156,28 +159,39 @@ def _export(model: nn.Module, named: dict[str, Any], dynamic: bool):
             road = "semantic" if semantic else "export"
             return program, road + (" with masks" if masks else ""), notes
         except Exception as error:  # torch.export raises errors of many unrelated types
-            first = str(error).strip().splitlines()
-            notes.append(f"{type(error).__name__}: {first[0] if first else 'no message'}")
+            failure = error
+            notes.append(_first_line(error))
             if not semantic:
                 break
-    raise FusionError(Reason.TRACING, f"{type(model).__name__} cannot be exported: {notes[-1]}")
+    raise FusionError(Reason.TRACING, _said(model, failure)) from failure
+
+
+def _first_line(error: Exception) -> str:
+    first = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {first[0] if first else 'no message'}"
+
+
+def _said(model: nn.Module, error: Exception) -> str:
+    return (
+        f"{type(model).__name__} cannot be exported: {_first_line(error)}; expected one that "
+        "torch.export takes with these inputs, without branches on values"
+    )
 
 
 def _try_export(model: nn.Module, named: dict[str, Any], dynamic: bool):
     shapes = pytree.tree_map(_free, named) if dynamic else None
-    with torch.no_grad(), without_fast_path(model), _spelled_out(model, named):
+    with torch.no_grad(), unchanged(model), without_fast_path(model):
+        _spell_out(model, named)
         return torch.export.export(model, (), named, dynamic_shapes=shapes, strict=False)
 
 
-@contextmanager
-def _spelled_out(model: nn.Module, named: dict[str, Any]) -> Iterator[None]:
-    """The model's forward with a parameter for each of the arguments while this holds.
+def _spell_out(model: nn.Module, named: dict[str, Any]) -> None:
+    """Gives the model a forward with a parameter for each of the arguments, where it has none.
 
     torch.export has no dynamic shapes for what a signature takes as **kwargs.
     """
     forward = model.forward
     if set(named) <= set(inspect.signature(forward).parameters):
-        yield
         return
 
     def spelled_out(**given: Any) -> Any:
@@ -185,14 +199,7 @@ def _spelled_out(model: nn.Module, named: dict[str, Any]) -> Iterator[None]:
 
     named_only = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY) for n in named]
     spelled_out.__signature__ = inspect.Signature(named_only)
-    before = vars(model).get("forward")
     model.forward = spelled_out
-    try:
-        yield
-    finally:
-        del model.forward
-        if before is not None:
-            model.forward = before
 
 
 def _ordered(signature: inspect.Signature, named: dict[str, Any]) -> dict[str, Any]:
