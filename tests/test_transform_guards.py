@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import json
+
 import graphs
 import pytest
 import torch
@@ -161,3 +164,63 @@ def test_what_a_forward_keeps_is_not_what_was_traced(fails):
     if not fails:
         assert graphs.furthest(model(x), captured.graph_module(x)) < 1e-6
         assert type(model.table) is torch.Tensor
+
+
+class Branches(nn.Module):
+    """Branches on the length, takes the first eight, and wants lengths that three does not divide.
+
+    written: with a write through a view, for which the graph is traced again.
+    """
+
+    def __init__(self, written=False):
+        super().__init__()
+        self.linear, self.written = nn.Linear(8, 8), written
+
+    def forward(self, x):
+        y = self.linear(x)
+        if self.written:
+            y[:, 0].add_(1.0)
+        y = y * 2 if x.shape[1] > 8 else y
+        if x.shape[1] % 3 == 0 or x.shape[0] * x.shape[1] > 60:
+            y = y + 1
+        return y, y[:, :10].sum(1)
+
+
+@pytest.mark.parametrize("written", [False, True])
+def test_sizes_that_the_graph_was_not_traced_for_run_the_model(written, tmp_path):
+    model, x = Branches(written).eval(), torch.randn(2, 13, 8)
+    fused = fuse(model, x, backends=("aten",))
+    assert len(set(fused.report.shapes)) == 3
+    fused.save(tmp_path)
+    loaded = FusedModel.load(tmp_path, ("aten",))
+    for rows, length in itertools.product((1, 2, 3, 9), (2, 8, 9, 10, 11, 12, 13, 30, 31, 61)):
+        x, right = torch.randn(rows, length, 8), length % 3 and rows * length <= 60 and length > 10
+        fused.stats.clear()
+        assert graphs.furthest(model(x), fused(x)) < 1e-6, (rows, length)
+        assert fused.stats.fused == bool(right) != bool(fused.stats.refused)
+        if right:
+            assert graphs.furthest(model(x), loaded(x)) < 1e-6
+        else:
+            with pytest.raises(FusionError, match=r"x.shape\[1\] is .*, expected .*x.shape\[1\]"):
+                loaded(x)
+
+
+@pytest.mark.parametrize("changed", [[["gt", "x", 1]], [["exec", 1, 2]], [["gt", 1]], ["gt"], 1])
+def test_conditions_of_another_form_are_refused(changed, tmp_path):
+    fuse(Scaled().eval(), torch.randn(2, 13, 8), backends=("aten",), shapes=1).save(tmp_path)
+    described = json.loads((tmp_path / "graph.json").read_text())
+    described["signature"]["conditions"] = changed
+    (tmp_path / "graph.json").write_text(json.dumps(described))
+    with pytest.raises(FusionError, match="no fused model"):
+        FusedModel.load(tmp_path)
+
+
+def test_positions_end_where_their_table_does():
+    config = transformers.BertConfig(**graphs.SIZES, vocab_size=99, max_position_embeddings=14)
+    model = transformers.BertModel(config).eval()
+    fused, ids = fuse(model, backends=("aten",)), torch.randint(5, 99, (2, 14))
+    assert fused.report.shapes == ["2x13", "1x14", "3x11"]
+    assert graphs.furthest(model(ids), fused(ids)) < 5e-6 and fused.stats.fused == 1
+    with pytest.raises((RuntimeError, IndexError)):
+        fused(torch.randint(5, 99, (2, 15)))
+    assert fused.stats.refused == {"unexpected shape": 1}

@@ -20,6 +20,7 @@ from torch.export import Dim
 
 from ..report import FusionError, Reason
 from .canonical import canonicalise, writes_are_plain
+from .conditions import Condition, conditions_on
 from .fast_path import without_fast_path
 from .inputs import example_inputs as build_inputs
 from .interface import attention_layers, semantic_attention
@@ -33,7 +34,8 @@ class Signature:
     names: one per leaf of the arguments, in order; leaves: None where the graph takes the leaf as a
     tensor, else the constant that was captured, alone in a tuple; same: per leaf, the first one
     that is the same tensor; sizes: per tensor, its extents, an int where fixed and a symbol's name
-    where free. defaults: arguments added to every call.
+    where free. defaults: arguments added to every call. conditions: what holds of the free extents
+    in every call that the graph is right for, see `conditions`.
     """
 
     names: list[str]
@@ -44,6 +46,17 @@ class Signature:
     arguments: list[str]
     structure: pytree.TreeSpec
     defaults: dict[str, Any] = field(default_factory=dict)
+    conditions: list[Condition] = field(default_factory=list)
+
+    def places(self) -> dict[str, str]:
+        """Where each free extent is first found, as `ids.shape[1]`."""
+        found: dict[str, str] = {}
+        tensors = [n for n, leaf in zip(self.names, self.leaves, strict=True) if leaf is None]
+        for name, extents in zip(tensors, self.sizes, strict=True):
+            for dim, extent in enumerate(extents):
+                if isinstance(extent, str):
+                    found.setdefault(extent, f"{name}.shape[{dim}]")
+        return found
 
 
 @dataclass
@@ -223,7 +236,7 @@ def _flatten(
     first = {id(leaf): i for i, leaf in reversed(list(enumerate(leaves)))}
     same = [first[id(x)] if isinstance(x, Tensor) else i for i, x in enumerate(leaves)]
     signature = Signature([], [], same, [], [], list(named), structure, defaults)
-    examples = []
+    examples, free, captured = [], [], {}
     for node, leaf in zip(placeholders, leaves, strict=True):
         tensor = isinstance(leaf, Tensor)
         signature.names.append(node.name)
@@ -233,6 +246,10 @@ def _flatten(
             signature.sizes.append(
                 tuple(int(n) if str(n).isdigit() else str(n.node.expr) for n in value.shape)
             )
+            for extent, name, size in zip(value.shape, signature.sizes[-1], leaf.shape):
+                if isinstance(name, str) and name not in captured:
+                    free.append(extent)
+                    captured[name] = size
             signature.dtypes.append(leaf.dtype)
             examples.append(leaf)
         elif node.users:
@@ -241,4 +258,5 @@ def _flatten(
         if not isinstance(leaf, Tensor):
             module.graph.erase_node(node)
     module.graph.set_codegen(fx.graph.CodeGen())
+    signature.conditions = conditions_on(free, captured)
     return signature, examples

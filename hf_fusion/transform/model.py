@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from ..report import FusionError, Reason, Stats
 from .backends import chosen
 from .capture import Capture, Signature, capture, named_arguments
+from .conditions import text, unmet
 from .linears import PackedLinear
 from .partition import AttentionFusionPartitioner
 from .report import FusionReport
@@ -147,6 +148,11 @@ def _checked(signature: Signature, leaves: list[Any]) -> list[Tensor]:
         if not fits:
             raise FusionError(Reason.SHAPE, f"{name} has shape {shape}, captured was {sizes}")
         tensors.append(leaf)
+    condition = unmet(signature.conditions, free)
+    if condition is not None:
+        places = signature.places()
+        wrong = ", ".join(f"{place} is {free[name]}" for name, place in places.items())
+        raise FusionError(Reason.SHAPE, f"{wrong}, expected {text(condition, places)}")
     return tensors
 
 

@@ -17,28 +17,69 @@ from torch import Tensor, nn
 
 from ..report import FusionError, Reason
 from .capture import Capture
+from .conditions import unmet, value
 from .inputs import like
 
 ROUNDINGS, FACTOR = 16, 2.0
+_REACH = 64  # how far from a size one that meets the conditions is looked for
 _FLOOR = {torch.float32: 1e-6, torch.float64: 1e-14, torch.bfloat16: 1e-2, torch.float16: 1e-3}
 
 
 def shapes(captured: Capture, count: int = 3) -> list[dict[str, int]]:
-    """Sizes for every free extent: the captured ones, one row and more, three rows and fewer."""
-    sizes: dict[str, tuple[int, int]] = {}
-    for example, extents in zip(captured.examples, captured.signature.sizes, strict=True):
-        for dim, extent in enumerate(extents):
-            if isinstance(extent, str):
-                sizes.setdefault(extent, (example.shape[dim], dim))
-    found = []
+    """Sizes for every free extent: the captured ones, one row and more, three rows and fewer.
+
+    Where the graph has conditions on them, the nearest sizes that meet these.
+    """
+    sizes = _free_extents(captured)
+    found: list[dict[str, int]] = []
     for step in range(count):
-        chosen = {}
-        for name, (size, dim) in sizes.items():
-            rows, length = (size, 1, 3)[step % 3], size + (0, 5, -2)[step % 3] + 2 * (step // 3)
-            # extents of one size in one place move together: they are one dimension to the model
-            chosen[name] = max(rows + step // 3 if dim == 0 else length, 1)
-        found.append(chosen)
+        more = step // 3
+        wanted = [(None, 1, 3)[step % 3], (0, 5, -2)[step % 3] + 2 * more]
+        near = sorted(range(-_REACH, _REACH + 1), key=lambda n: abs(n - wanted[1]))
+        tried = (
+            _sizes(captured, sizes, rows, grown, more) for rows in (wanted[0], None)
+            for grown in near
+        )  # fmt: skip
+        conditions = captured.signature.conditions
+        fitting = (made for made in tried if unmet(conditions, made) is None)
+        found.append(next(fitting) if step else {name: size for name, (size, _) in sizes.items()})
     return found
+
+
+def _free_extents(captured: Capture) -> dict[str, tuple[int, bool]]:
+    """Per free extent its captured size, and whether it counts rows, as a first dimension does.
+
+    An extent of another tensor than the first is what the first one's of the same size is: a mask
+    of (length, length) has no rows.
+    """
+    extents = captured.signature.sizes
+    pairs = [zip(e, x.shape, strict=True) for e, x in zip(extents, captured.examples, strict=True)]
+    found: dict[str, tuple[int, bool]] = {}
+    first: dict[int, list[int]] = {}
+    for which, pair in enumerate(pairs):
+        for dim, (name, size) in enumerate(pair):
+            if not isinstance(name, str):
+                continue
+            if which == 0:
+                first.setdefault(size, []).append(dim)
+            alike = first.get(size, [dim])
+            found.setdefault(name, (size, dim == 0 if dim in alike else 0 in alike))
+    return found
+
+
+def _sizes(
+    captured: Capture, extents: dict[str, tuple[int, bool]], rows: int | None, grown: int, more: int
+) -> dict[str, int]:
+    """Sizes with so many rows, the captured number for None, and so much longer otherwise."""
+    made = {
+        # extents of one size in one place move together: they are one dimension to the model
+        name: max((size if rows is None else rows) + more if leading else size + grown, 1)
+        for name, (size, leading) in extents.items()
+    }
+    for sign, *terms in captured.signature.conditions:
+        if sign == "eq" and isinstance(terms[0], str) and not terms[0].isidentifier():
+            made[terms[0]] = value(terms[1], made)
+    return made
 
 
 def inputs_at(captured: Capture, sizes: dict[str, int], seed: int) -> list[Tensor]:
