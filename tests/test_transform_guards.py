@@ -224,3 +224,82 @@ def test_positions_end_where_their_table_does():
     with pytest.raises((RuntimeError, IndexError)):
         fused(torch.randint(5, 99, (2, 15)))
     assert fused.stats.refused == {"unexpected shape": 1}
+
+
+class Single(nn.Module):
+    """Does something else with one row, or with a length of one."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.linear, self.dim = nn.Linear(8, 8), dim
+
+    def forward(self, x):
+        return self.linear(x) * (2 if x.shape[self.dim] == 1 else 1)
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_a_size_of_one_is_taken_where_the_graph_is_right_for_it(dim):
+    model = Single(dim).eval()
+    fused = fuse(model, torch.randn(2, 13, 8), backends=("aten",), shapes=1)
+    for rows, length in ((1, 5), (3, 1)):
+        x, right = torch.randn(rows, length, 8), (rows, length)[dim] != 1
+        fused.stats.clear()
+        assert graphs.furthest(model(x), fused(x)) < 1e-6 and fused.stats.fused == right
+
+
+class Lowered(nn.Module):
+    """Layers in bf16, a norm in fp32, as mixed models have them."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(64, 256).bfloat16(), nn.Linear(256, 64).bfloat16()
+        self.norm = nn.LayerNorm(64)
+
+    def forward(self, x):
+        return self.norm(self.down(nn.functional.gelu(self.up(x))).float())
+
+
+def test_parameters_of_several_types_are_verified():
+    torch.manual_seed(0)
+    fused = fuse(Lowered().eval(), torch.randn(2, 5, 64).bfloat16())
+    assert len(fused.report.errors) == 3
+
+
+@pytest.mark.parametrize("hidden", [-torch.inf, torch.finfo(torch.float32).min, -65504.0])
+def test_additive_masks_are_drawn_as_they_are(hidden):
+    causal = torch.full((7, 7), hidden).triu(1)
+    grown = like("mask", causal, (12, 12), torch.Generator())
+    assert torch.equal(grown, torch.full((12, 12), hidden).triu(1))
+    fused = fuse(
+        graphs.model("llama"),
+        {"input_ids": torch.randint(5, 99, (2, 7)), "attention_mask": causal.expand(2, 1, 7, 7)},
+        backends=("aten",), shapes=2,
+    )  # fmt: skip
+    assert max(fused.report.errors) < 5e-6
+    padding = torch.zeros(2, 1, 1, 7)
+    padding[0, ..., 4:] = hidden
+    drawn = like("mask", padding, (3, 1, 1, 5), torch.Generator())
+    assert torch.equal(drawn[..., 0, :].sum((1, 2)), torch.tensor([hidden, 0, hidden]))
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_an_encoder_that_is_causal_is_verified_with_causal_masks(first):
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=first)
+    model, x = nn.TransformerEncoder(layer, 2).eval(), torch.randn(2, 7, 16)
+    mask = nn.Transformer.generate_square_subsequent_mask(7 if first else 2)
+    given = {"src": x, "mask": mask, "is_causal": True}
+    fused = fuse(model, given, backends=("aten",))
+    assert max(fused.report.errors) < 5e-6
+    assert graphs.furthest(model(**given), fused(**given)) < 5e-6 and fused.stats.fused == 1
+
+
+def test_a_model_that_fails_at_other_sizes_says_so():
+    class Fails(Scaled):
+        def forward(self, x):
+            if not torch.compiler.is_exporting() and x.shape[1] != 13:
+                raise RuntimeError("thirteen")
+            return self.linear(x)
+
+    with pytest.raises(FusionError, match="the model itself fails: RuntimeError: thirteen"):
+        fuse(Fails().eval(), torch.randn(2, 13, 8), backends=("aten",))

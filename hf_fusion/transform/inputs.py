@@ -13,6 +13,7 @@ from ..report import FusionError, Reason
 BATCH, LENGTH, TARGET = 2, 13, 9  # all different, so that no two dimensions are taken for one
 _FIRST_ID = 5  # ids below are padding and other marks in most vocabularies
 _IMAGE, _SAMPLES = 224, 4000
+_HIDDEN = -3e4  # from here on a number stands for minus infinity; fp16 ends at -65504
 
 
 def example_inputs(model: nn.Module, seed: int = 0, mask: bool = False) -> dict[str, Tensor]:
@@ -79,7 +80,8 @@ def like(name: str, example: Tensor, shape: tuple[int, ...], generator: torch.Ge
     """A tensor of `shape` with the values' range of `example`; masks are padded at the right.
 
     A mask is two-dimensional, with "mask" in its name, of zeros and ones; one without a zero is
-    padded too. What holds infinities, as an additive mask does, is repeated.
+    padded too. What holds infinities or what stands for them, as an additive mask does, is
+    repeated; a triangle of hidden keys, as causality is, is made anew.
     """
     if "mask" in name and example.dim() == 2 and _marks(example):
         drawn = torch.ones(shape, dtype=example.dtype)
@@ -87,7 +89,7 @@ def like(name: str, example: Tensor, shape: tuple[int, ...], generator: torch.Ge
             # at most two, so that a narrow window leaves no query without a key
             drawn[row, max(1, shape[1] - (2, 0, 1)[row % 3]) :] = 0
         return drawn
-    if example.is_floating_point() and bool(example.isfinite().all()):
+    if example.is_floating_point() and bool((example.isfinite() & (example > _HIDDEN)).all()):
         low = float(example.float().std()) if example.numel() > 1 else 1.0
         drawn = torch.randn(shape, generator=generator) * (low or 1.0) + example.float().mean()
         return drawn.to(example.dtype)
@@ -107,5 +109,19 @@ def _marks(example: Tensor) -> bool:
 
 
 def _tiled(example: Tensor, shape: tuple[int, ...]) -> Tensor:
+    if _triangular(example) and shape[-1] == shape[-2]:
+        above = torch.ones(shape[-2:], dtype=torch.bool).triu(1)
+        corner = example.flatten(0, -3)[0] if example.dim() > 2 else example
+        return torch.where(above, corner[0, -1], corner[-1, 0]).expand(shape).contiguous()
     times = [-(-new // max(old, 1)) for new, old in zip(shape, example.shape, strict=True)]
     return example.repeat(times)[tuple(slice(n) for n in shape)].contiguous()
+
+
+def _triangular(example: Tensor) -> bool:
+    """Whether its matrices are square, of one value up to the diagonal and another above it."""
+    if example.dim() < 2 or example.shape[-1] != example.shape[-2] or example.shape[-1] < 2:
+        return False
+    above = torch.ones(example.shape[-2:], dtype=torch.bool).triu(1)
+    low, high = example[..., ~above], example[..., above]
+    alike = bool((low == low.flatten()[0]).all()) and bool((high == high.flatten()[0]).all())
+    return alike and bool(low.flatten()[0] != high.flatten()[0])

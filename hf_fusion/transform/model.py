@@ -18,7 +18,7 @@ from .partition import AttentionFusionPartitioner
 from .report import FusionReport
 from .rewrite import rewrite
 from .tracer import decompose
-from .verify import call_arguments, verify
+from .verify import call_arguments, narrow, verify
 
 
 class FusedModel(nn.Module):
@@ -183,6 +183,7 @@ def fuse(
     fused = assemble(captured, partitioner, backends, model)
     report = fused.report
     report.shapes, report.errors = verify(model, captured, fused.graph, shapes)
+    narrow(model, captured, fused.graph, shapes)
     if share_weights:
         _share(model, captured.graph_module, fused.graph)
     return fused

@@ -122,15 +122,65 @@ def verify(
     if count < 1:
         raise FusionError(Reason.ARGUMENT, f"verified at {count} shapes, expected 1 or more")
     named, errors = [], []
-    exact: nn.Module | None = None
+    compared = _Compared(model, captured, run)
     for step, sizes in enumerate(shapes(captured, count)):
         given = captured.examples if step == 0 else inputs_at(captured, sizes, seed + step)
-        arguments = call_arguments(captured, given)
-        want, got = _tensors(model(**arguments)), _tensors(run(*given))
-        label = " ".join("x".join(map(str, tensor.shape)) for tensor in given)
+        named.append(_label(given))
+        errors.append(compared(given, telling=True))
+    return named, errors
+
+
+@torch.no_grad()
+def narrow(
+    model: nn.Module, captured: Capture, run: Callable[..., Any], count: int = 3, seed: int = 1
+) -> None:
+    """Adds conditions where the graph is not the model at one row, or at a length of one.
+
+    torch.export takes for granted that no extent is one, and says so nowhere. What `verify` does
+    with `count` shapes is not done again.
+    """
+    extents, conditions = _free_extents(captured), captured.signature.conditions
+    done, compared = shapes(captured, count), _Compared(model, captured, run)
+    for leading in (True, False):
+        names = [name for name, (_, rows) in extents.items() if rows is leading]
+        ones = {name: 1 if name in names else size for name, (size, _) in extents.items()}
+        if not names or unmet(conditions, ones) or any(
+            all(sizes[name] == 1 for name in names) for sizes in done
+        ):  # fmt: skip
+            continue
+        try:
+            compared(inputs_at(captured, ones, seed + count))
+        except Exception:  # of the model too, which may refuse such inputs
+            conditions += [["gt", name, 1] for name in names]
+
+
+def _label(given: list[Tensor]) -> str:
+    return " ".join("x".join(map(str, tensor.shape)) for tensor in given)
+
+
+class _Compared:
+    """The largest difference of a graph from its model; FusionError(INVALID) where too large."""
+
+    def __init__(self, model: nn.Module, captured: Capture, run: Callable[..., Any]):
+        self.model, self.captured, self.run = model, captured, run
+        self.exact: nn.Module | None = None
+
+    def __call__(self, given: list[Tensor], telling: bool = False) -> float:
+        """telling: outputs that any graph would have are refused as well."""
+        arguments, label = call_arguments(self.captured, given), _label(given)
+        try:
+            want = _tensors(self.model(**arguments))
+        except Exception as error:  # whatever a model raises
+            raise FusionError(
+                Reason.INVALID,
+                f"at {label} the model itself fails: {type(error).__name__}: {error}; expected "
+                "one that takes inputs like its example at other sizes",
+            ) from error
+        got = _tensors(self.run(*given))
         if len(want) != len(got) or any(a.shape != b.shape for a, b in zip(want, got)):
             raise FusionError(Reason.INVALID, f"at {label} the graph's outputs have other shapes")
-        _check_telling(want, label)
+        if telling:
+            _check_telling(want, label)
         worst = 0.0
         for index, (a, b) in enumerate(zip(want, got, strict=True)):
             if not a.is_floating_point():
@@ -140,20 +190,21 @@ def verify(
             difference = float((a.double() - b.double()).abs().max()) if a.numel() else 0.0
             worst = max(worst, difference)
             limit = ROUNDINGS * torch.finfo(a.dtype).eps * float(a.abs().max())
-            if difference <= limit:
-                continue
-            if exact is None:
-                exact = _in_higher_precision(model)
-            best = _tensors(exact(**_raised(arguments)))[index].double()
-            stock, ours = (float((x.double() - best).abs().max()) for x in (a, b))
-            if not ours <= FACTOR * stock + _FLOOR[a.dtype] * float(best.abs().max()):
-                raise FusionError(
-                    Reason.INVALID,
-                    f"at {label} output {index} is {ours:.2e} off, the model itself {stock:.2e}",
-                )
-        named.append(label)
-        errors.append(worst)
-    return named, errors
+            if not difference <= limit:
+                self._check_rounding(arguments, index, a, b, label)
+        return worst
+
+    def _check_rounding(self, arguments: dict, index: int, a: Tensor, b: Tensor, label: str):
+        dtype = _higher(self.model)
+        if self.exact is None:
+            self.exact = copy.deepcopy(self.model).to(dtype)
+        best = _tensors(self.exact(**_raised(arguments, dtype)))[index].double()
+        stock, ours = (float((x.double() - best).abs().max()) for x in (a, b))
+        if not ours <= FACTOR * stock + _FLOOR[a.dtype] * float(best.abs().max()):
+            raise FusionError(
+                Reason.INVALID,
+                f"at {label} output {index} is {ours:.2e} off, the model itself {stock:.2e}",
+            )
 
 
 def _check_telling(outputs: list[Tensor], label: str) -> None:
@@ -169,15 +220,15 @@ def _check_telling(outputs: list[Tensor], label: str) -> None:
         )
 
 
-def _in_higher_precision(model: nn.Module) -> nn.Module:
-    kinds = {p.dtype for p in model.parameters()}
-    return copy.deepcopy(model).to(torch.float64 if torch.float32 in kinds else torch.float32)
+def _higher(model: nn.Module) -> torch.dtype:
+    """A type above the model's lowest: one for all of it, as its inputs meet every parameter."""
+    low = {torch.bfloat16, torch.float16} & {p.dtype for p in model.parameters()}
+    return torch.float32 if low else torch.float64
 
 
-def _raised(arguments: dict[str, Any]) -> dict[str, Any]:
+def _raised(arguments: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     def raised(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
-            return leaf
-        return leaf.to(torch.float64 if leaf.dtype == torch.float32 else torch.float32)
+        floating = isinstance(leaf, Tensor) and leaf.is_floating_point()
+        return leaf.to(dtype) if floating else leaf
 
     return pytree.tree_map(raised, arguments)
