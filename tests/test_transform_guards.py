@@ -303,3 +303,20 @@ def test_a_model_that_fails_at_other_sizes_says_so():
 
     with pytest.raises(FusionError, match="the model itself fails: RuntimeError: thirteen"):
         fuse(Fails().eval(), torch.randn(2, 13, 8), backends=("aten",))
+
+
+def test_rows_that_see_no_key_are_alike_at_both_levels():
+    model, ids = graphs.model("llama"), torch.randint(5, 99, (2, 7))
+    model.set_attn_implementation("sdpa")
+    left = torch.ones(2, 7, dtype=torch.int64)
+    left[0, :3] = 0
+    want = model(ids, attention_mask=left, use_cache=False)
+    for level in ("semantic", "explicit"):
+        fused = fuse(model, mask=True, level=level, backends=("eager",), shapes=1)
+        assert graphs.furthest(want, fused(ids, attention_mask=left)) < 5e-6, level
+        assert fused.stats.fused == 1
+
+
+@pytest.mark.parametrize("name", ["bart", "mistral", "t5"])
+def test_the_operator_asks_nothing_of_free_sizes(name):
+    assert not graphs.fused(name).captured.signature.conditions
