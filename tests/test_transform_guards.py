@@ -320,3 +320,17 @@ def test_rows_that_see_no_key_are_alike_at_both_levels():
 @pytest.mark.parametrize("name", ["bart", "mistral", "t5"])
 def test_the_operator_asks_nothing_of_free_sizes(name):
     assert not graphs.fused(name).captured.signature.conditions
+
+
+def test_sizes_are_held_to_the_example_where_a_condition_has_no_form():
+    class Root(Scaled):
+        def forward(self, x):
+            return self.linear(x) * (2 if x.shape[1] ** 0.5 > 3 else 1)
+
+    model = Root().eval()
+    fused = fuse(model, torch.randn(2, 13, 8), backends=("aten",))
+    assert fused.report.shapes == ["2x13x8", "1x13x8", "3x13x8"]
+    for length in (13, 14, 5):
+        x = torch.randn(4, length, 8)
+        assert graphs.furthest(model(x), fused(x)) < 1e-6
+    assert fused.stats.fused == 1 and fused.stats.refused == {"unexpected shape": 2}

@@ -25,8 +25,8 @@ class FusedModel(nn.Module):
     """A model as a graph of fused groups.
 
     Takes the model's arguments and returns the model's outputs, without a cache. A call that the
-    graph was not captured for (other arguments, other fixed sizes or types, gradients) runs the
-    model itself and is counted in `stats` with the reason; where there is no model any more, as
+    graph was not captured for (other arguments or types, sizes it is not right for, gradients) runs
+    the model itself and is counted in `stats` with the reason; where there is no model any more, as
     after `load`, it raises FusionError. `report` says what was fused, what not, and why.
     """
 

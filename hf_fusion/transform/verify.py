@@ -31,6 +31,7 @@ def shapes(captured: Capture, count: int = 3) -> list[dict[str, int]]:
     Where the graph has conditions on them, the nearest sizes that meet these.
     """
     sizes = _free_extents(captured)
+    own = {name: size for name, (size, _) in sizes.items()}
     found: list[dict[str, int]] = []
     for step in range(count):
         more = step // 3
@@ -42,7 +43,7 @@ def shapes(captured: Capture, count: int = 3) -> list[dict[str, int]]:
         )  # fmt: skip
         conditions = captured.signature.conditions
         fitting = (made for made in tried if unmet(conditions, made) is None)
-        found.append(next(fitting) if step else {name: size for name, (size, _) in sizes.items()})
+        found.append(next(fitting, own) if step else own)
     return found
 
 
