@@ -20,9 +20,11 @@ from torch.export import Dim
 
 from ..report import FusionError, Reason
 from .canonical import canonicalise, writes_are_plain
+from .conditions import Condition, conditions_on
 from .fast_path import without_fast_path
 from .inputs import example_inputs as build_inputs
 from .interface import attention_layers, semantic_attention
+from .unchanged import unchanged
 
 
 @dataclass
@@ -30,17 +32,31 @@ class Signature:
     """How a call's arguments become the graph's flat inputs.
 
     names: one per leaf of the arguments, in order; leaves: None where the graph takes the leaf as a
-    tensor, else the constant that was captured; sizes: per tensor, its extents, an int where fixed
-    and a symbol's name where free. defaults: arguments added to every call.
+    tensor, else the constant that was captured, alone in a tuple; same: per leaf, the first one
+    that is the same tensor; sizes: per tensor, its extents, an int where fixed and a symbol's name
+    where free. defaults: arguments added to every call. conditions: what holds of the free extents
+    in every call that the graph is right for, see `conditions`.
     """
 
     names: list[str]
-    leaves: list[Any]
+    leaves: list[tuple[Any] | None]
+    same: list[int]
     sizes: list[tuple[int | str, ...]]
     dtypes: list[torch.dtype]
     arguments: list[str]
     structure: pytree.TreeSpec
     defaults: dict[str, Any] = field(default_factory=dict)
+    conditions: list[Condition] = field(default_factory=list)
+
+    def places(self) -> dict[str, str]:
+        """Where each free extent is first found, as `ids.shape[1]`."""
+        found: dict[str, str] = {}
+        tensors = [n for n, leaf in zip(self.names, self.leaves, strict=True) if leaf is None]
+        for name, extents in zip(tensors, self.sizes, strict=True):
+            for dim, extent in enumerate(extents):
+                if isinstance(extent, str):
+                    found.setdefault(extent, f"{name}.shape[{dim}]")
+        return found
 
 
 @dataclass
@@ -57,7 +73,7 @@ class Capture:
 
 
 def bind(model: nn.Module, example_inputs: Any) -> dict[str, Any]:
-    """Example inputs as named arguments of the model's forward, None left out.
+    """Example inputs as named arguments of the model's forward, None left out where it is default.
 
     A tensor or a tuple is positional, a mapping named. Raises FusionError where they do not fit.
     """
@@ -77,7 +93,10 @@ def bind(model: nn.Module, example_inputs: Any) -> dict[str, Any]:
 
 
 def named_arguments(signature: inspect.Signature, args: tuple, kwargs: dict) -> dict[str, Any]:
-    """The call's arguments by name; FusionError(ARGUMENT) where the signature refuses them."""
+    """The call's arguments by name, without those that are None by default and given as None.
+
+    FusionError(ARGUMENT) where the signature refuses them.
+    """
     try:
         bound = signature.bind(*args, **kwargs).arguments
     except TypeError as error:
@@ -91,7 +110,8 @@ def named_arguments(signature: inspect.Signature, args: tuple, kwargs: dict) -> 
             raise FusionError(Reason.ARGUMENT, f"positional arguments in *{name} have no names")
         else:
             named[name] = value
-    return {name: value for name, value in named.items() if value is not None}
+    optional = {name for name, p in signature.parameters.items() if p.default is None}
+    return {n: value for n, value in named.items() if value is not None or n not in optional}
 
 
 def capture(
@@ -111,17 +131,20 @@ def capture(
         example_inputs = build_inputs(model, mask=mask)
     named = bind(model, example_inputs)
     defaults = _defaults(model, named)
-    named |= defaults
+    named = _ordered(inspect.signature(model.forward), named | defaults)
     program, road, notes = _export(model, named, dynamic)
-    if not writes_are_plain(program.graph):
-        # writes through views become results; nothing is taken apart, but spelled differently
-        program = program.run_decompositions({})
-    module = program.module(check_guards=False)
-    info = module.graph._codegen.pytree_info
-    signature, examples = _flatten(module, named, defaults)
-    # a plain GraphModule: the exported one checks its calls against a structure that is gone
-    module = fx.GraphModule(module, module.graph, type(model).__name__)
-    canonicalise(module)
+    try:
+        if not writes_are_plain(program.graph):
+            # writes through views become results; nothing is taken apart, but spelled differently
+            program = program.run_decompositions({})
+        module = program.module(check_guards=False)
+        info = module.graph._codegen.pytree_info
+        signature, examples = _flatten(module, named, defaults)
+        # a plain GraphModule: the exported one checks its calls against a structure that is gone
+        module = fx.GraphModule(module, module.graph, type(model).__name__)
+        canonicalise(module)
+    except Exception as error:  # as above, of many unrelated types
+        raise FusionError(Reason.TRACING, _said(model, error)) from error
     expected = {name: type(m).__name__ for name, m in attention_layers(model).items()}
     module.meta["attention_layers"] = expected
     return Capture(module, signature, info.out_spec, road, expected, examples, notes)
@@ -149,19 +172,52 @@ def _export(model: nn.Module, named: dict[str, Any], dynamic: bool):
             road = "semantic" if semantic else "export"
             return program, road + (" with masks" if masks else ""), notes
         except Exception as error:  # torch.export raises errors of many unrelated types
-            first = str(error).strip().splitlines()
-            notes.append(f"{type(error).__name__}: {first[0] if first else 'no message'}")
+            failure = error
+            notes.append(_first_line(error))
             if not semantic:
                 break
-    raise FusionError(Reason.TRACING, f"{type(model).__name__} cannot be exported: {notes[-1]}")
+    raise FusionError(Reason.TRACING, _said(model, failure)) from failure
+
+
+def _first_line(error: Exception) -> str:
+    first = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {first[0] if first else 'no message'}"
+
+
+def _said(model: nn.Module, error: Exception) -> str:
+    return (
+        f"{type(model).__name__} cannot be exported: {_first_line(error)}; expected one that "
+        "torch.export takes with these inputs, without branches on values"
+    )
 
 
 def _try_export(model: nn.Module, named: dict[str, Any], dynamic: bool):
-    shapes = pytree.tree_map(lambda leaf: _free(leaf) if dynamic else None, named)
-    with torch.no_grad(), without_fast_path(model):
-        return torch.export.export(
-            model, (), named, dynamic_shapes=shapes if dynamic else None, strict=False
-        )
+    shapes = pytree.tree_map(_free, named) if dynamic else None
+    with torch.no_grad(), unchanged(model), without_fast_path(model):
+        _spell_out(model, named)
+        return torch.export.export(model, (), named, dynamic_shapes=shapes, strict=False)
+
+
+def _spell_out(model: nn.Module, named: dict[str, Any]) -> None:
+    """Gives the model a forward with a parameter for each of the arguments, where it has none.
+
+    torch.export has no dynamic shapes for what a signature takes as **kwargs.
+    """
+    forward = model.forward
+    if set(named) <= set(inspect.signature(forward).parameters):
+        return
+
+    def spelled_out(**given: Any) -> Any:
+        return forward(**given)
+
+    named_only = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY) for n in named]
+    spelled_out.__signature__ = inspect.Signature(named_only)
+    model.forward = spelled_out
+
+
+def _ordered(signature: inspect.Signature, named: dict[str, Any]) -> dict[str, Any]:
+    """The arguments in the signature's order, as export has its inputs; then the others."""
+    return {name: named[name] for name in signature.parameters if name in named} | named
 
 
 def _free(leaf: Any) -> Any:
@@ -177,17 +233,23 @@ def _flatten(
     """Makes the graph's inputs and outputs flat lists; says how a call maps onto them."""
     leaves, structure = pytree.tree_flatten(named)
     placeholders = module.graph.find_nodes(op="placeholder")
-    signature = Signature([], [], [], [], list(named), structure, defaults)
-    examples = []
+    first = {id(leaf): i for i, leaf in reversed(list(enumerate(leaves)))}
+    same = [first[id(x)] if isinstance(x, Tensor) else i for i, x in enumerate(leaves)]
+    signature = Signature([], [], same, [], [], list(named), structure, defaults)
+    examples, free, captured = [], [], {}
     for node, leaf in zip(placeholders, leaves, strict=True):
         tensor = isinstance(leaf, Tensor)
         signature.names.append(node.name)
-        signature.leaves.append(None if tensor else leaf)
+        signature.leaves.append(None if tensor else (leaf,))
         if tensor:
             value = node.meta["val"]
             signature.sizes.append(
                 tuple(int(n) if str(n).isdigit() else str(n.node.expr) for n in value.shape)
             )
+            for extent, name, size in zip(value.shape, signature.sizes[-1], leaf.shape):
+                if isinstance(name, str) and name not in captured:
+                    free.append(extent)
+                    captured[name] = size
             signature.dtypes.append(leaf.dtype)
             examples.append(leaf)
         elif node.users:
@@ -196,4 +258,5 @@ def _flatten(
         if not isinstance(leaf, Tensor):
             module.graph.erase_node(node)
     module.graph.set_codegen(fx.graph.CodeGen())
+    signature.conditions = conditions_on(free, captured)
     return signature, examples

@@ -129,12 +129,14 @@ def _spell(put: _Spelling, call: AttentionCall) -> fx.Node:
         scores = put("softcap", aten.div.Tensor, scores, call.softcap)
         scores = put("softcap", aten.tanh.default, scores)
         scores = put("softcap", aten.mul.Tensor, scores, call.softcap)
+    hidden = []
     for part, added in (("bias", call.bias), ("mask", call.mask), ("visible", _visible(put, call))):
         if added is None:
             continue
         if added.meta["val"].dtype == torch.bool:
             unseen = put(part, aten.logical_not.default, added)
             scores = put(part, aten.masked_fill.Scalar, scores, unseen, torch.finfo(dtype).min)
+            hidden.append(unseen)
         else:
             scores = put(part, aten.add.Tensor, scores, added)
     if call.sinks is not None:
@@ -145,6 +147,11 @@ def _spell(put: _Spelling, call: AttentionCall) -> fx.Node:
     weights = put("softmax", aten.softmax.int, scores, -1)
     if call.sinks is not None:
         weights = put("sinks", aten.slice.Tensor, weights, -1, 0, -1)
+    given = call.mask is not None and call.mask.meta["val"].dtype == torch.bool
+    if given and call.softcap <= 0 and call.sinks is None:
+        # a row that sees no key is zero, as scaled_dot_product_attention has it
+        for unseen in hidden:
+            weights = put("hidden", aten.masked_fill.Scalar, weights, unseen, 0.0)
     weights = put("dropout", aten.dropout.default, weights, call.dropout, call.dropout > 0)
     context = put("context", aten.matmul.default, weights, value)
     if not call.merged:

@@ -13,6 +13,7 @@ from ..report import FusionError, Reason
 BATCH, LENGTH, TARGET = 2, 13, 9  # all different, so that no two dimensions are taken for one
 _FIRST_ID = 5  # ids below are padding and other marks in most vocabularies
 _IMAGE, _SAMPLES = 224, 4000
+_HIDDEN = -3e4  # from here on a number stands for minus infinity; fp16 ends at -65504
 
 
 def example_inputs(model: nn.Module, seed: int = 0, mask: bool = False) -> dict[str, Tensor]:
@@ -28,8 +29,9 @@ def example_inputs(model: nn.Module, seed: int = 0, mask: bool = False) -> dict[
             Reason.INPUT, f"{type(model).__name__} has no configuration: give example_inputs"
         )
     config = getattr(config, "text_config", config) if name == "input_ids" else config
+    parameters = inspect.signature(model.forward).parameters
     masks = {"input_ids": "attention_mask", "pixel_values": "pixel_mask"}
-    if mask and masks.get(name) not in inspect.signature(model.forward).parameters:
+    if mask and masks.get(name) not in parameters:
         raise FusionError(
             Reason.INPUT, f"{type(model).__name__} takes no mask of its {name}: leave `mask` out"
         )
@@ -63,7 +65,7 @@ def example_inputs(model: nn.Module, seed: int = 0, mask: bool = False) -> dict[
     if mask:
         made["attention_mask"] = torch.ones(BATCH, length, dtype=torch.int64)
         made["attention_mask"][0, -2:] = 0
-    if getattr(config, "is_encoder_decoder", False):
+    if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in parameters:
         made["decoder_input_ids"] = ids(min(TARGET, _positions(config)))
     return made
 
@@ -77,9 +79,17 @@ def _positions(config: Any) -> int:
 def like(name: str, example: Tensor, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     """A tensor of `shape` with the values' range of `example`; masks are padded at the right.
 
-    What holds infinities, as an additive mask does, is repeated.
+    A mask is two-dimensional, with "mask" in its name, of zeros and ones; one without a zero is
+    padded too. What holds infinities or what stands for them, as an additive mask does, is
+    repeated; a triangle of hidden keys, as causality is, is made anew.
     """
-    if example.is_floating_point() and bool(example.isfinite().all()):
+    if "mask" in name and example.dim() == 2 and _marks(example):
+        drawn = torch.ones(shape, dtype=example.dtype)
+        for row in range(shape[0]):
+            # at most two, so that a narrow window leaves no query without a key
+            drawn[row, max(1, shape[1] - (2, 0, 1)[row % 3]) :] = 0
+        return drawn
+    if example.is_floating_point() and bool((example.isfinite() & (example > _HIDDEN)).all()):
         low = float(example.float().std()) if example.numel() > 1 else 1.0
         drawn = torch.randn(shape, generator=generator) * (low or 1.0) + example.float().mean()
         return drawn.to(example.dtype)
@@ -87,16 +97,31 @@ def like(name: str, example: Tensor, shape: tuple[int, ...], generator: torch.Ge
         return _tiled(example, shape)
     least, most = int(example.min()), int(example.max())
     if "mask" in name and most <= 1:
-        if least == 1 or example.dim() != 2:
-            return _tiled(example, shape)
-        drawn = torch.ones(shape, dtype=example.dtype)
-        for row in range(shape[0]):
-            # at most two, so that a narrow window leaves no query without a key
-            drawn[row, max(1, shape[1] - (2, 0, 1)[row % 3]) :] = 0
-        return drawn
+        return _tiled(example, shape)
     return torch.randint(least, most + 1, shape, generator=generator, dtype=example.dtype)
 
 
+def _marks(example: Tensor) -> bool:
+    """Whether the values are 1 for what is seen and 0 for what is not, with something seen."""
+    if example.dtype == torch.bool:
+        return bool(example.all())  # with both values, either may be what is seen
+    return bool(((example == 0) | (example == 1)).all()) and bool(example.any())
+
+
 def _tiled(example: Tensor, shape: tuple[int, ...]) -> Tensor:
+    if _triangular(example) and shape[-1] == shape[-2]:
+        above = torch.ones(shape[-2:], dtype=torch.bool).triu(1)
+        corner = example.flatten(0, -3)[0] if example.dim() > 2 else example
+        return torch.where(above, corner[0, -1], corner[-1, 0]).expand(shape).contiguous()
     times = [-(-new // max(old, 1)) for new, old in zip(shape, example.shape, strict=True)]
     return example.repeat(times)[tuple(slice(n) for n in shape)].contiguous()
+
+
+def _triangular(example: Tensor) -> bool:
+    """Whether its matrices are square, of one value up to the diagonal and another above it."""
+    if example.dim() < 2 or example.shape[-1] != example.shape[-2] or example.shape[-1] < 2:
+        return False
+    above = torch.ones(example.shape[-2:], dtype=torch.bool).triu(1)
+    low, high = example[..., ~above], example[..., above]
+    alike = bool((low == low.flatten()[0]).all()) and bool((high == high.flatten()[0]).all())
+    return alike and bool(low.flatten()[0] != high.flatten()[0])

@@ -2,7 +2,8 @@
 
 While `semantic_attention(model)` holds, every attention of the model that goes through the
 interface calls `ops.attention`, and a mask that the caller did not give is not built: what it would
-say is in the operator's `causal` and `window`. The configurations are as before afterwards.
+say is in the operator's `causal` and `window`. The configurations and transformers' registries are
+as before afterwards.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from ..report import FusionError, Reason
 from .ops import attention
 
-NAME = "hf_fusion"
+NAME = "hf_fusion_capture"  # of no implementation that `register_attention` adds
 _ABSENT = object()
 _capture = threading.local()
 
@@ -82,23 +83,39 @@ def interface_mask(
     )  # fmt: skip
 
 
-def _register() -> None:
-    """Adds both functions to transformers under `NAME`; nothing uses them until it is asked to."""
+@contextlib.contextmanager
+def _registered() -> Iterator[None]:
+    """Both functions are in transformers' registries under `NAME` while this holds."""
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface
 
+    registries = [AttentionInterface._global_mapping, AttentionMaskInterface._global_mapping]
+    before = [registry.get(NAME, _ABSENT) for registry in registries]
     AttentionInterface.register(NAME, interface_attention)
     AttentionMaskInterface.register(NAME, interface_mask)
+    try:
+        yield
+    finally:
+        for registry, found in zip(registries, before, strict=True):
+            if found is _ABSENT:
+                registry.pop(NAME, None)
+            else:
+                registry[NAME] = found
 
 
 def configurations(model: nn.Module) -> list:
-    """Every configuration in the model that chooses an attention implementation, each once."""
-    found, waiting = {}, [getattr(module, "config", None) for module in model.modules()]
-    while waiting:
-        config = waiting.pop()
-        if hasattr(config, "_attn_implementation_internal") and id(config) not in found:
+    """Every configuration by which a module chooses its attention from the interface, each once.
+
+    The others keep their implementation: their modules would read a mask made for the operator as
+    one of their own, a bool mask as something to add.
+    """
+    found = {}
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if not hasattr(config, "_attn_implementation_internal"):
+            continue
+        if getattr(module, "_supports_attention_backend", False) or calls_interface(module):
             found[id(config)] = config
-            waiting += [getattr(config, name, None) for name in getattr(config, "sub_configs", {})]
     return list(found.values())
 
 
@@ -106,7 +123,7 @@ def configurations(model: nn.Module) -> list:
 def semantic_attention(
     model: nn.Module, masks: bool = False, positions: bool = False
 ) -> Iterator[bool]:
-    """Whether the model has a configuration to choose by; it chooses `NAME` while this holds.
+    """Whether attention of the model is chosen by configuration; it is `NAME` while this holds.
 
     masks: masks are built even where the operator's arguments say the same. positions: the caller
     gives position ids, which may hold several sequences in a row; otherwise they count up, and
@@ -118,7 +135,6 @@ def semantic_attention(
         return
     from transformers import masking_utils
 
-    _register()
     before = [config._attn_implementation_internal for config in configs]
     test = masking_utils.find_packed_sequence_indices
     _capture.masks, _capture.windows = masks, []
@@ -127,7 +143,8 @@ def semantic_attention(
             config._attn_implementation_internal = NAME
         if not positions:
             masking_utils.find_packed_sequence_indices = lambda position_ids: None
-        yield True
+        with _registered():
+            yield True
     finally:
         masking_utils.find_packed_sequence_indices = test
         _capture.masks, _capture.windows = False, []
@@ -141,14 +158,17 @@ _PROJECTIONS = (
 )  # fmt: skip
 
 
+def calls_interface(module: nn.Module) -> bool:
+    """Whether the module's forward looks its attention up in transformers' interface."""
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    return "ALL_ATTENTION_FUNCTIONS" in getattr(code, "co_names", ())
+
+
 def is_attention(module: nn.Module) -> bool:
     """Whether the module is an attention layer: torch's own, one that calls the interface, or one
     with the projections of one.
     """
-    if isinstance(module, nn.MultiheadAttention):
-        return True
-    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
-    if "ALL_ATTENTION_FUNCTIONS" in getattr(code, "co_names", ()):
+    if isinstance(module, nn.MultiheadAttention) or calls_interface(module):
         return True
     children = {name for name, child in module.named_children() if hasattr(child, "weight")}
     return any(names <= children for names in _PROJECTIONS)

@@ -12,20 +12,21 @@ from torch import Tensor, fx, nn
 from ..report import FusionError, Reason, Stats
 from .backends import chosen
 from .capture import Capture, Signature, capture, named_arguments
+from .conditions import text, unmet
 from .linears import PackedLinear
 from .partition import AttentionFusionPartitioner
 from .report import FusionReport
 from .rewrite import rewrite
 from .tracer import decompose
-from .verify import call_arguments, verify
+from .verify import call_arguments, narrow, verify
 
 
 class FusedModel(nn.Module):
     """A model as a graph of fused groups.
 
     Takes the model's arguments and returns the model's outputs, without a cache. A call that the
-    graph was not captured for (other arguments, other fixed sizes or types, gradients) runs the
-    model itself and is counted in `stats` with the reason; where there is no model any more, as
+    graph was not captured for (other arguments or types, sizes it is not right for, gradients) runs
+    the model itself and is counted in `stats` with the reason; where there is no model any more, as
     after `load`, it raises FusionError. `report` says what was fused, what not, and why.
     """
 
@@ -92,7 +93,7 @@ class FusedModel(nn.Module):
         if len(args) > len(names):
             raise FusionError(Reason.ARGUMENT, f"{len(args)} arguments, expected {len(names)}")
         named = dict(zip(names, args)) | kwargs
-        return {name: value for name, value in named.items() if value is not None}
+        return {n: value for n, value in named.items() if value is not None or n in names}
 
     def _trained(self) -> list[Tensor]:
         return list(self.original.parameters()) if self.original is not None else []
@@ -120,11 +121,20 @@ class FusedModel(nn.Module):
 def _checked(signature: Signature, leaves: list[Any]) -> list[Tensor]:
     tensors, free = [], {}
     kinds = iter(zip(signature.sizes, signature.dtypes, strict=True))
-    for name, captured, leaf in zip(signature.names, signature.leaves, leaves, strict=True):
+    for name, captured, first, leaf in zip(
+        signature.names, signature.leaves, signature.same, leaves, strict=True
+    ):
         if captured is not None:
-            if type(leaf) is not type(captured) or leaf != captured:
-                raise FusionError(Reason.ARGUMENT, f"{name} is {leaf!r}, captured was {captured!r}")
+            if type(leaf) is not type(captured[0]) or leaf != captured[0]:
+                raise FusionError(
+                    Reason.ARGUMENT, f"{name} is {leaf!r}, captured was {captured[0]!r}"
+                )
             continue
+        if leaves[first] is not leaf:
+            raise FusionError(
+                Reason.ARGUMENT,
+                f"{name} is another tensor than {signature.names[first]}, captured was one",
+            )
         sizes, dtype = next(kinds)
         if not isinstance(leaf, Tensor):
             raise FusionError(Reason.INPUT, f"{name} is {type(leaf).__name__}, expected a tensor")
@@ -138,6 +148,11 @@ def _checked(signature: Signature, leaves: list[Any]) -> list[Tensor]:
         if not fits:
             raise FusionError(Reason.SHAPE, f"{name} has shape {shape}, captured was {sizes}")
         tensors.append(leaf)
+    condition = unmet(signature.conditions, free)
+    if condition is not None:
+        places = signature.places()
+        wrong = ", ".join(f"{place} is {free[name]}" for name, place in places.items())
+        raise FusionError(Reason.SHAPE, f"{wrong}, expected {text(condition, places)}")
     return tensors
 
 
@@ -168,6 +183,7 @@ def fuse(
     fused = assemble(captured, partitioner, backends, model)
     report = fused.report
     report.shapes, report.errors = verify(model, captured, fused.graph, shapes)
+    narrow(model, captured, fused.graph, shapes)
     if share_weights:
         _share(model, captured.graph_module, fused.graph)
     return fused

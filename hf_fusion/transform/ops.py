@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn.functional import dropout as drop
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -113,8 +114,10 @@ def library_attention(
             softcap=softcap, dropout=dropout,
         )  # fmt: skip
     added = mask
-    plain = mask is None and bias is None
-    if not plain or 0 < window < key.shape[2] or query.shape[2] != key.shape[2]:
+    # of sizes that are free in a graph nothing is asked that would hold it to the answer
+    square = statically_known_true(query.shape[2] == key.shape[2])
+    whole = window <= 0 or statically_known_true(window >= key.shape[2])
+    if mask is not None or bias is not None or not whole or not square:
         seen = _visible(query, key, causal, window)
         if seen is not None:
             boolean = added is None or added.dtype == torch.bool

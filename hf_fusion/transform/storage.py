@@ -24,6 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..report import FusionError, Reason
 from .capture import Capture, Signature
+from .conditions import unmet
 from .explicit import AttentionCall
 from .model import FusedModel, assemble
 from .site import attribute
@@ -62,11 +63,13 @@ def save(fused: FusedModel, folder: Any) -> None:
         "signature": {
             "names": signature.names,
             "leaves": [_encoded(leaf) for leaf in signature.leaves],
+            "same": signature.same,
             "sizes": signature.sizes,
             "dtypes": [_encoded(dtype) for dtype in signature.dtypes],
             "arguments": signature.arguments,
             "structure": pytree.treespec_dumps(signature.structure),
             "defaults": {name: _encoded(value) for name, value in signature.defaults.items()},
+            "conditions": signature.conditions,
         },
         "output": pytree.treespec_dumps(captured.output_spec),
         "output_modules": sorted(_modules_of(captured.output_spec)),
@@ -252,13 +255,22 @@ def _captured(described: dict[str, Any], tensors: dict[str, Tensor]) -> Capture:
     signature = Signature(
         stored["names"],
         [_decoded(leaf, {}) for leaf in stored["leaves"]],
+        stored["same"],
         [tuple(sizes) for sizes in stored["sizes"]],
         [_decoded(dtype, {}) for dtype in stored["dtypes"]],
         stored["arguments"],
         pytree.treespec_loads(stored["structure"]),
         {name: _decoded(value, {}) for name, value in stored["defaults"].items()},
+        stored["conditions"],
     )
-    examples = [tensors[f"example.{i}"] for i in range(len(signature.sizes))]
+    taken = [i for i, leaf in enumerate(signature.leaves) if leaf is None]
+    examples = [tensors[f"example.{taken.index(signature.same[i])}"] for i in taken]
+    sizes = {
+        name: size for extents, example in zip(signature.sizes, examples, strict=True)
+        for name, size in zip(extents, example.shape, strict=True)
+    }  # fmt: skip
+    if unmet(signature.conditions, sizes) is not None:
+        raise ValueError("the stored example does not meet the stored conditions")
     _propagate(module, examples)
     output = pytree.treespec_loads(described["output"])
     return Capture(module, signature, output, described["road"], described["expected"], examples)

@@ -17,53 +17,93 @@ from torch import Tensor, nn
 
 from ..report import FusionError, Reason
 from .capture import Capture
+from .conditions import unmet, value
 from .inputs import like
 
 ROUNDINGS, FACTOR = 16, 2.0
+_REACH = 64  # how far from a size one that meets the conditions is looked for
 _FLOOR = {torch.float32: 1e-6, torch.float64: 1e-14, torch.bfloat16: 1e-2, torch.float16: 1e-3}
 
 
 def shapes(captured: Capture, count: int = 3) -> list[dict[str, int]]:
-    """Sizes for every free extent: the captured ones, one row and more, three rows and fewer."""
-    sizes: dict[str, tuple[int, int]] = {}
-    for example, extents in zip(captured.examples, captured.signature.sizes, strict=True):
-        for dim, extent in enumerate(extents):
-            if isinstance(extent, str):
-                sizes.setdefault(extent, (example.shape[dim], dim))
-    found = []
+    """Sizes for every free extent: the captured ones, one row and more, three rows and fewer.
+
+    Where the graph has conditions on them, the nearest sizes that meet these.
+    """
+    sizes = _free_extents(captured)
+    own = {name: size for name, (size, _) in sizes.items()}
+    found: list[dict[str, int]] = []
     for step in range(count):
-        chosen = {}
-        for name, (size, dim) in sizes.items():
-            rows, length = (size, 1, 3)[step % 3], size + (0, 5, -2)[step % 3] + 2 * (step // 3)
-            # extents of one size in one place move together: they are one dimension to the model
-            chosen[name] = max(rows + step // 3 if dim == 0 else length, 1)
-        found.append(chosen)
+        more = step // 3
+        wanted = [(None, 1, 3)[step % 3], (0, 5, -2)[step % 3] + 2 * more]
+        near = sorted(range(-_REACH, _REACH + 1), key=lambda n: abs(n - wanted[1]))
+        tried = (
+            _sizes(captured, sizes, rows, grown, more) for rows in (wanted[0], None)
+            for grown in near
+        )  # fmt: skip
+        conditions = captured.signature.conditions
+        fitting = (made for made in tried if unmet(conditions, made) is None)
+        found.append(next(fitting, own) if step else own)
     return found
+
+
+def _free_extents(captured: Capture) -> dict[str, tuple[int, bool]]:
+    """Per free extent its captured size, and whether it counts rows, as a first dimension does.
+
+    An extent of another tensor than the first is what the first one's of the same size is: a mask
+    of (length, length) has no rows.
+    """
+    extents = captured.signature.sizes
+    pairs = [zip(e, x.shape, strict=True) for e, x in zip(extents, captured.examples, strict=True)]
+    found: dict[str, tuple[int, bool]] = {}
+    first: dict[int, list[int]] = {}
+    for which, pair in enumerate(pairs):
+        for dim, (name, size) in enumerate(pair):
+            if not isinstance(name, str):
+                continue
+            if which == 0:
+                first.setdefault(size, []).append(dim)
+            alike = first.get(size, [dim])
+            found.setdefault(name, (size, dim == 0 if dim in alike else 0 in alike))
+    return found
+
+
+def _sizes(
+    captured: Capture, extents: dict[str, tuple[int, bool]], rows: int | None, grown: int, more: int
+) -> dict[str, int]:
+    """Sizes with so many rows, the captured number for None, and so much longer otherwise."""
+    made = {
+        # extents of one size in one place move together: they are one dimension to the model
+        name: max((size if rows is None else rows) + more if leading else size + grown, 1)
+        for name, (size, leading) in extents.items()
+    }
+    for sign, *terms in captured.signature.conditions:
+        if sign == "eq" and isinstance(terms[0], str) and not terms[0].isidentifier():
+            made[terms[0]] = value(terms[1], made)
+    return made
 
 
 def inputs_at(captured: Capture, sizes: dict[str, int], seed: int) -> list[Tensor]:
     """Tensors of the captured kinds at other sizes."""
     generator = torch.Generator().manual_seed(seed)
-    tensors = []
-    names = [
-        name
-        for name, leaf in zip(captured.signature.names, captured.signature.leaves, strict=True)
-        if leaf is None
-    ]
-    for name, example, extents in zip(
-        names, captured.examples, captured.signature.sizes, strict=True
-    ):
+    signature, made = captured.signature, {}
+    kinds = iter(zip(captured.examples, signature.sizes, strict=True))
+    for index, (name, leaf) in enumerate(zip(signature.names, signature.leaves, strict=True)):
+        if leaf is not None:
+            continue
+        example, extents = next(kinds)
         shape = tuple(sizes.get(n, d) if isinstance(n, str) else n
                       for n, d in zip(extents, example.shape, strict=True))  # fmt: skip
-        tensors.append(like(name, example, shape, generator))
-    return tensors
+        first = signature.same[index]
+        made[index] = made[first] if first in made else like(name, example, shape, generator)
+    return list(made.values())
 
 
 def call_arguments(captured: Capture, tensors: list[Tensor]) -> dict[str, Any]:
     """The model's named arguments for flat tensors."""
     flat, values = iter(tensors), []
     for leaf in captured.signature.leaves:
-        values.append(next(flat) if leaf is None else leaf)
+        values.append(next(flat) if leaf is None else leaf[0])
     return pytree.tree_unflatten(values, captured.signature.structure)
 
 
@@ -77,19 +117,71 @@ def verify(
 ) -> tuple[list[str], list[float]]:
     """(shapes, largest difference at each); FusionError(INVALID) where one is too large.
 
-    Also refused: fewer than one shape, and outputs that are constant or not finite, for which any
-    graph would pass.
+    Also refused: fewer than one shape (ARGUMENT), and outputs that are constant or not finite, for
+    which any graph would pass.
     """
+    if count < 1:
+        raise FusionError(Reason.ARGUMENT, f"verified at {count} shapes, expected 1 or more")
     named, errors = [], []
-    exact: nn.Module | None = None
+    compared = _Compared(model, captured, run)
     for step, sizes in enumerate(shapes(captured, count)):
         given = captured.examples if step == 0 else inputs_at(captured, sizes, seed + step)
-        arguments = call_arguments(captured, given)
-        want, got = _tensors(model(**arguments)), _tensors(run(*given))
-        label = " ".join("x".join(map(str, tensor.shape)) for tensor in given)
+        named.append(_label(given))
+        errors.append(compared(given, telling=True))
+    return named, errors
+
+
+@torch.no_grad()
+def narrow(
+    model: nn.Module, captured: Capture, run: Callable[..., Any], count: int = 3, seed: int = 1
+) -> None:
+    """Adds conditions where the graph is not the model at one row, or at a length of one.
+
+    torch.export takes for granted that no extent is one, and says so nowhere. What `verify` does
+    with `count` shapes is not done again.
+    """
+    extents, conditions = _free_extents(captured), captured.signature.conditions
+    done, compared = shapes(captured, count), _Compared(model, captured, run)
+    for leading in (True, False):
+        names = [name for name, (_, rows) in extents.items() if rows is leading]
+        ones = {name: 1 if name in names else size for name, (size, _) in extents.items()}
+        if not names or unmet(conditions, ones) or any(
+            all(sizes[name] == 1 for name in names) for sizes in done
+        ):  # fmt: skip
+            continue
+        try:
+            compared(inputs_at(captured, ones, seed + count))
+        except Exception:  # of the model too, which may refuse such inputs
+            conditions += [["gt", name, 1] for name in names]
+
+
+def _label(given: list[Tensor]) -> str:
+    return " ".join("x".join(map(str, tensor.shape)) for tensor in given)
+
+
+class _Compared:
+    """The largest difference of a graph from its model; FusionError(INVALID) where too large."""
+
+    def __init__(self, model: nn.Module, captured: Capture, run: Callable[..., Any]):
+        self.model, self.captured, self.run = model, captured, run
+        self.exact: nn.Module | None = None
+
+    def __call__(self, given: list[Tensor], telling: bool = False) -> float:
+        """telling: outputs that any graph would have are refused as well."""
+        arguments, label = call_arguments(self.captured, given), _label(given)
+        try:
+            want = _tensors(self.model(**arguments))
+        except Exception as error:  # whatever a model raises
+            raise FusionError(
+                Reason.INVALID,
+                f"at {label} the model itself fails: {type(error).__name__}: {error}; expected "
+                "one that takes inputs like its example at other sizes",
+            ) from error
+        got = _tensors(self.run(*given))
         if len(want) != len(got) or any(a.shape != b.shape for a, b in zip(want, got)):
             raise FusionError(Reason.INVALID, f"at {label} the graph's outputs have other shapes")
-        _check_telling(want, label)
+        if telling:
+            _check_telling(want, label)
         worst = 0.0
         for index, (a, b) in enumerate(zip(want, got, strict=True)):
             if not a.is_floating_point():
@@ -99,20 +191,21 @@ def verify(
             difference = float((a.double() - b.double()).abs().max()) if a.numel() else 0.0
             worst = max(worst, difference)
             limit = ROUNDINGS * torch.finfo(a.dtype).eps * float(a.abs().max())
-            if difference <= limit:
-                continue
-            if exact is None:
-                exact = _in_higher_precision(model)
-            best = _tensors(exact(**_raised(arguments)))[index].double()
-            stock, ours = (float((x.double() - best).abs().max()) for x in (a, b))
-            if not ours <= FACTOR * stock + _FLOOR[a.dtype] * float(best.abs().max()):
-                raise FusionError(
-                    Reason.INVALID,
-                    f"at {label} output {index} is {ours:.2e} off, the model itself {stock:.2e}",
-                )
-        named.append(label)
-        errors.append(worst)
-    return named, errors
+            if not difference <= limit:
+                self._check_rounding(arguments, index, a, b, label)
+        return worst
+
+    def _check_rounding(self, arguments: dict, index: int, a: Tensor, b: Tensor, label: str):
+        dtype = _higher(self.model)
+        if self.exact is None:
+            self.exact = copy.deepcopy(self.model).to(dtype)
+        best = _tensors(self.exact(**_raised(arguments, dtype)))[index].double()
+        stock, ours = (float((x.double() - best).abs().max()) for x in (a, b))
+        if not ours <= FACTOR * stock + _FLOOR[a.dtype] * float(best.abs().max()):
+            raise FusionError(
+                Reason.INVALID,
+                f"at {label} output {index} is {ours:.2e} off, the model itself {stock:.2e}",
+            )
 
 
 def _check_telling(outputs: list[Tensor], label: str) -> None:
@@ -128,15 +221,15 @@ def _check_telling(outputs: list[Tensor], label: str) -> None:
         )
 
 
-def _in_higher_precision(model: nn.Module) -> nn.Module:
-    kinds = {p.dtype for p in model.parameters()}
-    return copy.deepcopy(model).to(torch.float64 if torch.float32 in kinds else torch.float32)
+def _higher(model: nn.Module) -> torch.dtype:
+    """A type above the model's lowest: one for all of it, as its inputs meet every parameter."""
+    low = {torch.bfloat16, torch.float16} & {p.dtype for p in model.parameters()}
+    return torch.float32 if low else torch.float64
 
 
-def _raised(arguments: dict[str, Any]) -> dict[str, Any]:
+def _raised(arguments: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     def raised(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
-            return leaf
-        return leaf.to(torch.float64 if leaf.dtype == torch.float32 else torch.float32)
+        floating = isinstance(leaf, Tensor) and leaf.is_floating_point()
+        return leaf.to(dtype) if floating else leaf
 
     return pytree.tree_map(raised, arguments)
