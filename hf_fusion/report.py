@@ -35,6 +35,7 @@ class Reason(Enum):
     AUTOCAST = "autocast enabled"
     TORCH_MODE = "torch function or dispatch mode active"
     FUNCTORCH = "functorch transform active"
+    CHANGED = "model changed since it was fused"
     TRACING = "tracing"
     COMPILING = "compiling"
     ARGUMENT = "unsupported argument"

@@ -16,6 +16,7 @@ from .linears import PackedLinear
 from .partition import AttentionFusionPartitioner
 from .report import FusionReport
 from .rewrite import rewrite
+from .stamp import Stamp
 from .tracer import decompose
 from .verify import call_arguments, verify
 
@@ -24,9 +25,10 @@ class FusedModel(nn.Module):
     """A model as a graph of fused groups.
 
     Takes the model's arguments and returns the model's outputs, without a cache. A call that the
-    graph was not captured for (other arguments, other fixed sizes or types, gradients) runs the
-    model itself and is counted in `stats` with the reason; where there is no model any more, as
-    after `load`, it raises FusionError. `report` says what was fused, what not, and why.
+    graph was not captured for (other arguments, other fixed sizes or types, gradients), or that
+    finds the model changed, runs the model itself and is counted in `stats` with the reason; where
+    there is no model any more, as after `load`, it raises FusionError. `report` says what was
+    fused, what not, and why.
     """
 
     def __init__(
@@ -42,6 +44,7 @@ class FusedModel(nn.Module):
         self.stats = Stats()
         # in a tuple: the model is no part of this one's state
         self._original = (original,)
+        self._stamp = Stamp(original) if original is not None else None
         forward = original.forward if original is not None else None
         self._signature = inspect.signature(forward) if forward is not None else None
         self.eval()
@@ -67,6 +70,8 @@ class FusedModel(nn.Module):
     def _tensors(self, args: tuple, kwargs: dict[str, Any]) -> list[Tensor]:
         """The graph's inputs of a call; FusionError where it was not captured for them."""
         signature = self.captured.signature
+        if self._stamp is not None:
+            self._stamp.check()
         if torch.is_grad_enabled() and any(p.requires_grad for p in self._trained()):
             raise FusionError(
                 Reason.GRADIENTS, "fused groups have no backward: use torch.no_grad()"
@@ -170,6 +175,7 @@ def fuse(
     report.shapes, report.errors = verify(model, captured, fused.graph, shapes)
     if share_weights:
         _share(model, captured.graph_module, fused.graph)
+    fused._stamp = Stamp(model)
     return fused
 
 
