@@ -1,4 +1,4 @@
-"""Calls of a fused model that its graph cannot answer: the model runs, and the reason is counted."""
+"""Calls of a fused model that its graph cannot answer: the model runs, the reason is counted."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import graphs
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from hf_fusion import Reason
-from hf_fusion.transform import fuse
+from hf_fusion import FusionError, Reason
+from hf_fusion.transform import FusedModel, fuse
 
 
 @pytest.fixture(autouse=True)
@@ -101,3 +102,49 @@ def test_a_change_taken_back_is_none():
     fused.stats.clear()
     fused(_ids())
     assert fused.stats.fused == 1 and not fused.stats.refused
+
+
+def _embeds():
+    return torch.randn(2, 6, 32, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def frozen():
+    """A BERT without trained parameters, fused for embeddings, and its model."""
+    model = copy.deepcopy(graphs.model("bert")).requires_grad_(False)
+    return fuse(model, {"inputs_embeds": _embeds()}, shapes=1), model
+
+
+def test_gradients_of_inputs_are_the_model_s(frozen, tmp_path):
+    fused, _ = frozen
+    fused.save(tmp_path)
+    loaded, x = FusedModel.load(tmp_path), _embeds().requires_grad_()
+    assert not fused(inputs_embeds=x)[0].requires_grad
+    fused.stats.clear()
+    with torch.enable_grad():
+        fused(inputs_embeds=x)[0].sum().backward()
+        with pytest.raises(FusionError, match="no backward") as caught:
+            loaded(inputs_embeds=x)
+    assert x.grad is not None and fused.stats.refused == {Reason.GRADIENTS.value: 1}
+    assert caught.value.reason is Reason.GRADIENTS
+    fused.stats.clear()
+
+
+def test_modes_and_transforms_are_the_model_s(frozen):
+    fused, model = frozen
+    x = _embeds()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert fused(inputs_embeds=x)[0].dtype == model(inputs_embeds=x)[0].dtype
+    rows = torch.func.vmap(lambda row: fused(inputs_embeds=row[None])[0][0])(x)
+    assert graphs.furthest(rows, fused(inputs_embeds=x)[0]) < 1e-5
+    with FlopCounterMode(display=False) as flops:
+        fused(inputs_embeds=x)
+    assert flops.get_total_flops() > 0
+    assert fused.stats.refused == {
+        reason.value: 1 for reason in (Reason.AUTOCAST, Reason.FUNCTORCH, Reason.TORCH_MODE)
+    }
+    fused.stats.clear()
+    with torch.device("cpu"):
+        fused(inputs_embeds=x)
+    assert not fused.stats.refused
+    fused.stats.clear()

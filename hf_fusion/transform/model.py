@@ -9,7 +9,9 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
+from ..guard import check_autocast, check_environment
 from ..report import FusionError, Reason, Stats
+from . import meter
 from .backends import chosen
 from .capture import Capture, Signature, capture, named_arguments
 from .linears import PackedLinear
@@ -56,6 +58,8 @@ class FusedModel(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the model returns for these arguments."""
+        if self.original is not None and torch.compiler.is_compiling():
+            return self.original(*args, **kwargs)
         try:
             tensors = self._tensors(args, kwargs)
         except FusionError as error:
@@ -70,12 +74,10 @@ class FusedModel(nn.Module):
     def _tensors(self, args: tuple, kwargs: dict[str, Any]) -> list[Tensor]:
         """The graph's inputs of a call; FusionError where it was not captured for them."""
         signature = self.captured.signature
+        if not meter.counting():
+            check_environment()
         if self._stamp is not None:
             self._stamp.check()
-        if torch.is_grad_enabled() and any(p.requires_grad for p in self._trained()):
-            raise FusionError(
-                Reason.GRADIENTS, "fused groups have no backward: use torch.no_grad()"
-            )
         named = self._named(args, kwargs)
         for name, value in signature.defaults.items():
             if named.setdefault(name, value) != value:
@@ -88,7 +90,14 @@ class FusedModel(nn.Module):
         leaves, structure = pytree.tree_flatten({name: named[name] for name in signature.arguments})
         if structure != signature.structure:
             raise FusionError(Reason.ARGUMENT, "arguments are nested in another way than captured")
-        return _checked(signature, leaves)
+        tensors = _checked(signature, leaves)
+        for device in {tensor.device for tensor in self.captured.examples}:
+            check_autocast(device)
+        if torch.is_grad_enabled() and any(t.requires_grad for t in (*tensors, *self._trained())):
+            raise FusionError(
+                Reason.GRADIENTS, "fused groups have no backward: use torch.no_grad()"
+            )
+        return tensors
 
     def _named(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
         if self._signature is not None:
@@ -133,6 +142,8 @@ def _checked(signature: Signature, leaves: list[Any]) -> list[Tensor]:
         sizes, dtype = next(kinds)
         if not isinstance(leaf, Tensor):
             raise FusionError(Reason.INPUT, f"{name} is {type(leaf).__name__}, expected a tensor")
+        if type(leaf) not in (Tensor, nn.Parameter):
+            raise FusionError(Reason.TENSOR_TYPE, f"{name} is a {type(leaf).__name__}")
         if leaf.dtype != dtype:
             raise FusionError(Reason.DTYPE, f"{name} is {leaf.dtype}, captured was {dtype}")
         shape = tuple(leaf.shape)
