@@ -8,7 +8,7 @@ import graphs
 import pytest
 import torch
 
-from hf_fusion import FusionError
+from hf_fusion import FusionError, Reason
 from hf_fusion.transform import FusedModel, fuse
 from hf_fusion.transform.model import arguments_of
 
@@ -42,7 +42,7 @@ def test_saved_and_loaded(name, level, tmp_path):
 
 @pytest.mark.parametrize(
     ("old", "new"),
-    [('"aten::linear.default"', '"aten::system.default"'), ('"format": 1', '"format": 9'),
+    [('"aten::linear.default"', '"aten::system.default"'), ('"format": 2', '"format": 9'),
      ('"aten::linear.default"', '"os::system"'), ('"aten::gelu.default"', '"aten::relu.default"'),
      ('"transformers.modeling_outputs"', '"os"')],
 )  # fmt: skip
@@ -55,6 +55,22 @@ def test_a_changed_file_is_refused(old, new, tmp_path):
         FusedModel.load(tmp_path)
     with pytest.raises(FusionError):
         FusedModel.load(tmp_path / "absent")
+
+
+def test_positional_arguments_follow_the_model_s_forward(tmp_path):
+    model = graphs.model("bert")
+    ids = torch.randint(5, 99, (2, 6))
+    fused = fuse(model, {"input_ids": ids, "token_type_ids": ids % 2}, shapes=1)
+    fused.save(tmp_path)
+    loaded = FusedModel.load(tmp_path)
+    want = model(ids, None, ids % 2)
+    assert graphs.furthest(loaded(ids, None, ids % 2), want) < 5e-6
+    for given in ((ids, ids % 2), (ids,) * 30):
+        with pytest.raises(FusionError) as caught:
+            loaded(*given)
+        assert caught.value.reason is Reason.ARGUMENT
+    with pytest.raises(FusionError, match="input_ids is given by position and by name"):
+        loaded(ids, token_type_ids=ids % 2, input_ids=ids)
 
 
 def test_packed_weights_are_views_and_may_be_shared():

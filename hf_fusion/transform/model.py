@@ -39,6 +39,7 @@ class FusedModel(nn.Module):
         captured: Capture,
         report: FusionReport,
         original: nn.Module | None = None,
+        positional: list[str] | None = None,
     ):
         super().__init__()
         self.graph = graph
@@ -49,6 +50,7 @@ class FusedModel(nn.Module):
         self._stamp = Stamp(original) if original is not None else None
         forward = original.forward if original is not None else None
         self._signature = inspect.signature(forward) if forward is not None else None
+        self.positional = _positional(self._signature) if positional is None else positional
         self.eval()
 
     @property
@@ -102,11 +104,15 @@ class FusedModel(nn.Module):
     def _named(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
         if self._signature is not None:
             return named_arguments(self._signature, args, kwargs)
-        names = self.captured.signature.arguments
-        if len(args) > len(names):
-            raise FusionError(Reason.ARGUMENT, f"{len(args)} arguments, expected {len(names)}")
-        named = dict(zip(names, args)) | kwargs
-        return {name: value for name, value in named.items() if value is not None}
+        if len(args) > len(self.positional):
+            raise FusionError(
+                Reason.ARGUMENT,
+                f"{len(args)} positional arguments, expected at most {self.positional}",
+            )
+        given = dict(zip(self.positional, args))
+        for name in given.keys() & kwargs.keys():
+            raise FusionError(Reason.ARGUMENT, f"{name} is given by position and by name")
+        return {name: value for name, value in (given | kwargs).items() if value is not None}
 
     def _trained(self) -> list[Tensor]:
         return list(self.original.parameters()) if self.original is not None else []
@@ -129,6 +135,13 @@ class FusedModel(nn.Module):
         from .storage import load
 
         return load(folder, backends)
+
+
+def _positional(signature: inspect.Signature | None) -> list[str]:
+    """The arguments that a call may give by position, in order."""
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    parameters = signature.parameters.values() if signature is not None else ()
+    return [parameter.name for parameter in parameters if parameter.kind in kinds]
 
 
 def _checked(signature: Signature, leaves: list[Any]) -> list[Tensor]:
@@ -195,6 +208,7 @@ def assemble(
     partitioner: Any,
     backends: tuple[str, ...] | None,
     original: nn.Module | None = None,
+    positional: list[str] | None = None,
 ) -> FusedModel:
     """A FusedModel of a captured graph, not yet verified."""
     if partitioner is None:
@@ -203,7 +217,7 @@ def assemble(
     report = partitioner.partition(captured.graph_module)
     report.road = captured.road
     report.notes += captured.notes
-    return FusedModel(rewrite(report, backends), captured, report, original)
+    return FusedModel(rewrite(report, backends), captured, report, original, positional)
 
 
 def _share(model: nn.Module, source: fx.GraphModule, graph: fx.GraphModule) -> None:

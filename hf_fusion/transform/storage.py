@@ -28,7 +28,7 @@ from .explicit import AttentionCall
 from .model import FusedModel, assemble
 from .site import attribute
 
-FORMAT = 1
+FORMAT = 2
 GRAPH, WEIGHTS = "graph.json", "weights.safetensors"
 _NAMESPACES = ("aten", "hf_fusion")
 _OPERATORS = ("getitem", "add", "sub", "mul", "floordiv", "mod", "neg", "truediv", "pow",
@@ -65,6 +65,7 @@ def save(fused: FusedModel, folder: Any) -> None:
             "sizes": signature.sizes,
             "dtypes": [_encoded(dtype) for dtype in signature.dtypes],
             "arguments": signature.arguments,
+            "positional": fused.positional,
             "structure": pytree.treespec_dumps(signature.structure),
             "defaults": {name: _encoded(value) for name, value in signature.defaults.items()},
         },
@@ -93,7 +94,7 @@ def load(folder: Any, backends: tuple[str, ...] | None = None) -> FusedModel:
         if isinstance(error, FusionError):
             raise
         raise FusionError(Reason.INVALID, f"{folder} is no fused model: {error!r}") from error
-    fused = assemble(captured, None, backends)
+    fused = assemble(captured, None, backends, None, described["signature"]["positional"])
     with torch.no_grad():
         got = pytree.tree_leaves(fused.graph(*captured.examples))
     for i, tensor in enumerate(got):
