@@ -67,6 +67,7 @@ class Reason(Enum):
     UNKNOWN_BACKEND = "unknown back end"
     BACKEND_ABSENT = "back end not in this build"
     NOT_A_MODEL = "not a torch module"
+    CAPTURED = "captured graph stays as it is"
     UNPICKLED = "patch removed by pickling"
     REGISTERED = "name registered by others"
 

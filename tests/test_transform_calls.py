@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import io
+import pickle
 
 import graphs
 import pytest
@@ -148,3 +150,20 @@ def test_modes_and_transforms_are_the_model_s(frozen):
         fused(inputs_embeds=x)
     assert not fused.stats.refused
     fused.stats.clear()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda f: f.to(torch.bfloat16), lambda f: f.half(), lambda f: nn.Sequential(f).double(),
+     lambda f: f.to("meta"), copy.copy, copy.deepcopy, pickle.dumps,
+     lambda f: torch.save(f, io.BytesIO()), lambda f: f.share_memory()],
+)  # fmt: skip
+def test_casts_and_copies_are_refused_and_leave_the_model_alone(frozen, change):
+    fused, model = frozen
+    with pytest.raises(FusionError) as caught:
+        change(fused)
+    assert caught.value.reason is Reason.CAPTURED
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert fused.to(torch.float32).eval() is fused
+    fused(inputs_embeds=_embeds())
+    assert not fused.stats.refused

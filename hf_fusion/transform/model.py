@@ -30,7 +30,7 @@ class FusedModel(nn.Module):
     graph was not captured for (other arguments, other fixed sizes or types, gradients), or that
     finds the model changed, runs the model itself and is counted in `stats` with the reason; where
     there is no model any more, as after `load`, it raises FusionError. `report` says what was
-    fused, what not, and why.
+    fused, what not, and why. Casts, moves, copies and pickles raise FusionError as well.
     """
 
     def __init__(
@@ -52,6 +52,25 @@ class FusedModel(nn.Module):
         self._signature = inspect.signature(forward) if forward is not None else None
         self.positional = _positional(self._signature) if positional is None else positional
         self.eval()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> FusedModel:
+        """Refuses what would change a tensor: the graph holds the model's own parameters."""
+        if not all(fn(tensor) is tensor for tensor in (*self.parameters(), *self.buffers())):
+            raise FusionError(
+                Reason.CAPTURED, "cast or move the model and fuse it again, or load it there"
+            )
+        return self
+
+    def share_memory(self) -> FusedModel:
+        """Refused: native calls know where the weights lie."""
+        raise FusionError(Reason.CAPTURED, "share the model's memory and fuse it again")
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise FusionError(
+            Reason.CAPTURED,
+            "a fused model is neither copied nor pickled: use save and FusedModel.load, or fuse a "
+            "copy of the model",
+        )
 
     @property
     def original(self) -> nn.Module | None:
