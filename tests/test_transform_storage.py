@@ -83,14 +83,18 @@ def _set(*path):
     return change
 
 
+def _renamed(described):
+    node = next(node for node in described["nodes"] if node["op"] == "placeholder")
+    node["target"] = "x=__import__('torch').__setattr__('hf_fusion_was_here', 1)"
+
+
 MARK = "torch.hf_fusion_was_here=1"
 CHANGES = [
     _inserted("aten::manual_seed.default", 7), _inserted("aten::set_grad_enabled.default", False),
     _inserted("aten::from_file.default", "hf_fusion_victim", True, 64),
     _inserted("aten::save.default", None, "hf_fusion_victim"),
     _inserted("aten::rand.default", {"list": [2]}), _inserted("aten::add_.Tensor", 1, 2),
-    _set("nodes", 0, "target", f"x=__import__('torch').__setattr__('{MARK[6:-2]}', 1)"),
-    _set("nodes", 0, "target", "lambda"), _set("nodes", 0, "name", "a b"),
+    _renamed, _set("nodes", 0, "target", "lambda x"), _set("nodes", 0, "name", "a b"),
     _set("nodes", 1, "target", f'a"); import torch; {MARK}; ("'), _set("nodes", -1, "args", {"a": 1}),
     _set("nodes", -2, "kwargs", {f"a=__import__('torch').__setattr__('{MARK[6:-2]}', 1), b": 1}),
     _set("nodes", None), _set("nodes", 0, "x"), _set("nodes", []), _set("format", "2"),
