@@ -9,11 +9,13 @@ import pickle
 import graphs
 import pytest
 import torch
+import transformers
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from hf_fusion import FusionError, Reason
 from hf_fusion.transform import FusedModel, fuse
+from hf_fusion.transform.inputs import example_inputs
 
 
 @pytest.fixture(autouse=True)
@@ -167,3 +169,23 @@ def test_casts_and_copies_are_refused_and_leave_the_model_alone(frozen, change):
     assert fused.to(torch.float32).eval() is fused
     fused(inputs_embeds=_embeds())
     assert not fused.stats.refused
+
+
+@pytest.mark.parametrize(
+    ("reason", "call"),
+    [(Reason.UNKNOWN_BACKEND, lambda m: fuse(m, backends=("nope",))),
+     (Reason.UNKNOWN_BACKEND, lambda m: fuse(m, backends="aten")),
+     (Reason.OUT_OF_RANGE, lambda m: fuse(m, {"input_ids": _ids() + 1000})),
+     (Reason.ARGUMENT, lambda m: fuse(m, shapes=1).measure(rounds=-1)),
+     (Reason.ARGUMENT, lambda m: fuse(m, shapes=1).measure(rounds=1.5)),
+     (Reason.INPUT, lambda m: fuse(m, shapes=1).measure(_ids()))],
+)  # fmt: skip
+def test_values_that_are_not_accepted_are_one_error(reason, call):
+    with pytest.raises(FusionError) as caught:
+        call(graphs.model("bert"))
+    assert caught.value.reason is reason
+
+
+def test_a_configuration_without_a_longest_sequence_is_no_length_of_minus_one():
+    config = transformers.XLNetConfig(vocab_size=99, d_model=32, n_layer=1, n_head=4, d_inner=64)
+    assert example_inputs(transformers.XLNetModel(config))["input_ids"].shape == (2, 13)

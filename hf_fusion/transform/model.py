@@ -211,11 +211,17 @@ def fuse(
     memory twice; otherwise the model is not touched. Raises FusionError where the model cannot be
     captured or the graph is not the model.
     """
+    chosen(backends)
     captured = capture(model, example_inputs, dynamic=dynamic, mask=mask)
     decompose(captured, level)
     fused = assemble(captured, partitioner, backends, model)
     report = fused.report
-    report.shapes, report.errors = verify(model, captured, fused.graph, shapes)
+    try:
+        report.shapes, report.errors = verify(model, captured, fused.graph, shapes)
+    except IndexError as error:
+        raise FusionError(
+            Reason.OUT_OF_RANGE, f"the model cannot look up what example_inputs hold: {error}"
+        ) from error
     if share_weights:
         _share(model, captured.graph_module, fused.graph)
     fused._stamp = Stamp(model)
