@@ -189,3 +189,13 @@ def test_values_that_are_not_accepted_are_one_error(reason, call):
 def test_a_configuration_without_a_longest_sequence_is_no_length_of_minus_one():
     config = transformers.XLNetConfig(vocab_size=99, d_model=32, n_layer=1, n_head=4, d_inner=64)
     assert example_inputs(transformers.XLNetModel(config))["input_ids"].shape == (2, 13)
+
+
+def test_strict_raises_and_comes_from_the_environment(monkeypatch):
+    monkeypatch.setenv("HF_FUSION_STRICT", "1")
+    fused = fuse(graphs.model("bert"), shapes=1)
+    with pytest.raises(FusionError, match="int32"):
+        fused(_ids().int())
+    fused.strict = False
+    assert fused(_ids().int())[0].shape == (2, 6, 32)
+    assert fused.stats.refused == {Reason.DTYPE.value: 2}

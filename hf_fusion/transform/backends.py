@@ -71,7 +71,9 @@ def chosen(names: tuple[str, ...] | None) -> list[Backend]:
     if names is None:
         return [backend for backend in known if backend.priority >= 0]
     if isinstance(names, str) or not all(isinstance(name, str) for name in names):
-        raise FusionError(Reason.UNKNOWN_BACKEND, f"backends is {names!r}, expected a tuple of names")
+        raise FusionError(
+            Reason.UNKNOWN_BACKEND, f"backends is {names!r}, expected a tuple of names"
+        )
     unknown = set(names) - set(_BACKENDS)
     if unknown:
         raise FusionError(

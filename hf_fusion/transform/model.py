@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from typing import Any
 
 import torch
@@ -29,8 +30,9 @@ class FusedModel(nn.Module):
     Takes the model's arguments and returns the model's outputs, without a cache. A call that the
     graph was not captured for (other arguments, other fixed sizes or types, gradients), or that
     finds the model changed, runs the model itself and is counted in `stats` with the reason; where
-    there is no model any more, as after `load`, it raises FusionError. `report` says what was
-    fused, what not, and why. Casts, moves, copies and pickles raise FusionError as well.
+    there is no model any more, as after `load`, and where `strict` is set, as it is at first by
+    HF_FUSION_STRICT=1, it raises FusionError. `report` says what was fused, what not, and why.
+    Casts, moves, copies and pickles raise FusionError as well.
     """
 
     def __init__(
@@ -45,6 +47,7 @@ class FusedModel(nn.Module):
         self.graph = graph
         self.captured, self.report = captured, report
         self.stats = Stats()
+        self.strict = os.environ.get("HF_FUSION_STRICT", "") == "1"
         # in a tuple: the model is no part of this one's state
         self._original = (original,)
         self._stamp = Stamp(original) if original is not None else None
@@ -85,7 +88,7 @@ class FusedModel(nn.Module):
             tensors = self._tensors(args, kwargs)
         except FusionError as error:
             self.stats.refuse(error)
-            if self.original is None:
+            if self.original is None or self.strict:
                 raise
             return self.original(*args, **kwargs)
         result = pytree.tree_unflatten(self.graph(*tensors), self.captured.output_spec)

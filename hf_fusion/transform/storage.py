@@ -246,8 +246,9 @@ def _is_plain(target: torch._ops.OpOverload) -> bool:
     if not _has_kernel(target.name()):
         return False
     reads = any("Tensor" in str(argument.type) for argument in schema.arguments)
-    results = all(str(result.type).removeprefix("Optional") in _RESULTS for result in schema.returns)
-    return (reads or name in _MAKERS) and results
+    if not all(str(result.type) in _RESULTS for result in schema.returns):
+        return False
+    return reads or name in _MAKERS
 
 
 def _drops(target: Any, args: tuple, kwargs: dict[str, Any]) -> bool:
