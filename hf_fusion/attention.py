@@ -59,8 +59,9 @@ def register_attention(strict: bool = False) -> tuple[str, ...]:
     transformers' sdpa function and are counted (`attention_stats`); the first of each reason warns.
     Those are: dropout above 0, gradients, other devices and dtypes, autocast, tensor subclasses,
     torch modes, tracing and compiling, head sizes above 256 or other for values, attention weights
-    asked for, causal attention without a mask to fewer keys than queries. With `strict`, or HF_FUSION_STRICT=1, they raise FusionError. What sdpa would leave
-    out (softcap, attention sinks, head masks) raises always.
+    asked for, causal attention without a mask to fewer keys than queries. With `strict`, or
+    HF_FUSION_STRICT=1, they raise FusionError. What sdpa would leave out (softcap, attention sinks,
+    head masks) raises always.
     Raises FusionError(Reason.REGISTERED) where others have taken a name.
     """
     strict = strict or os.environ.get("HF_FUSION_STRICT", "") == "1"
