@@ -59,8 +59,9 @@ def register_attention(strict: bool = False) -> tuple[str, ...]:
     transformers' sdpa function and are counted (`attention_stats`); the first of each reason warns.
     Those are: dropout above 0, gradients, other devices and dtypes, autocast, tensor subclasses,
     torch modes, tracing and compiling, head sizes above 256 or other for values, attention weights
-    asked for. With `strict`, or HF_FUSION_STRICT=1, they raise FusionError. What sdpa would leave
-    out (softcap, attention sinks, head masks) raises always.
+    asked for, causal attention without a mask to fewer keys than queries. With `strict`, or
+    HF_FUSION_STRICT=1, they raise FusionError. What sdpa would leave out (softcap, attention sinks,
+    head masks) raises always.
     Raises FusionError(Reason.REGISTERED) where others have taken a name.
     """
     strict = strict or os.environ.get("HF_FUSION_STRICT", "") == "1"
@@ -162,6 +163,10 @@ def _run(kernel, query, key, value, mask, scaling, is_causal, kwargs) -> torch.T
     causal = bool(is_causal) and mask is None and queries > 1
     if causal and keys > queries:  # a static cache, empty so far: what follows is room
         key, value, keys = key[:, :, :queries], value[:, :, :queries], queries
+    if causal and keys < queries:
+        raise FusionError(
+            Reason.MASK, f"{queries} queries are more than the {keys} keys, and causal"
+        )
     if mask is not None:
         mask = mask[..., :keys]
     if bias is not None:

@@ -36,6 +36,7 @@ class Reason(Enum):
     AUTOCAST = "autocast enabled"
     TORCH_MODE = "torch function or dispatch mode active"
     FUNCTORCH = "functorch transform active"
+    CHANGED = "model changed since it was fused"
     TRACING = "tracing"
     COMPILING = "compiling"
     ARGUMENT = "unsupported argument"
@@ -67,6 +68,7 @@ class Reason(Enum):
     UNKNOWN_BACKEND = "unknown back end"
     BACKEND_ABSENT = "back end not in this build"
     NOT_A_MODEL = "not a torch module"
+    CAPTURED = "captured graph stays as it is"
     UNPICKLED = "patch removed by pickling"
     REGISTERED = "name registered by others"
 

@@ -48,7 +48,7 @@ def is_overheard(module: nn.Module) -> bool:
     )
 
 
-def _inert(hook: Any) -> bool:
+def is_inert(hook: Any) -> bool:
     """Whether a hook is the one that transformers captures outputs by; it acts when asked to."""
     return getattr(hook, "__module__", "") == "transformers.utils.output_capturing" and getattr(
         hook, "__qualname__", ""
@@ -130,7 +130,7 @@ class Watch:
 
     def _hooks(self, name: str, namespace: dict) -> None:
         hooks = tuple(namespace["_forward_hooks"].values())
-        if namespace["_forward_pre_hooks"] or not all(map(_inert, hooks)):
+        if namespace["_forward_pre_hooks"] or not all(map(is_inert, hooks)):
             raise FusionError(Reason.HOOKS, f"{name} has forward hooks")
         if hooks:
             self.hooked.append((namespace, hooks))

@@ -313,6 +313,7 @@ FALLBACKS = {
     "dtype": (Reason.DTYPE, {name: torch.randn(1, heads, 5, 8).double()
                              for name, heads in (("query", 4), ("key", 2), ("value", 2))}),
     "value size": (Reason.SHAPE, {"value": torch.randn(1, 2, 5, 4)}),
+    "fewer keys": (Reason.MASK, {name: torch.randn(1, 2, 3, 8) for name in ("key", "value")}),
     "unknown": (Reason.ARGUMENT, {"block_indices": [3]}),
 }  # fmt: skip
 

@@ -118,6 +118,20 @@ def test_the_command_writes_its_three_files(written, capsys):
     assert "nothing" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "options",
+    [("--threads", "-3"), ("--threads", "0"), ("--seed", str(10**30)), ("--length", "100000"),
+     ("--out", "file"), ("--out", "file/below"), ("--rounds", "-1")],
+)  # fmt: skip
+def test_the_command_refuses_in_one_line(options, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    graphs.model("bert").save_pretrained("tiny")
+    (tmp_path / "file").touch()
+    capsys.readouterr()
+    assert main(["graph", "tiny", "--rounds", "0", *options]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
 def test_a_browser_shows_the_page(written, tmp_path):
     browser = shutil.which("chromium") or shutil.which("chromium-browser")
     if browser is None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu
 
+from ..report import FusionError, Reason
 from .explicit import put_together
 from .groups import CORE, ELEMENTWISE, EPILOGUE, GLU, NORM_RESIDUAL, PARALLEL, ROPE, FusionGroup
 from .linears import join_residual, packable, packed_projections
@@ -64,14 +65,21 @@ def unregister_backend(name: str) -> None:
 
 def chosen(names: tuple[str, ...] | None) -> list[Backend]:
     """The back ends named, in that order, or by priority all that are asked by default, those of
-    priority 0 and more; the original nodes are always last.
+    priority 0 and more; the original nodes are always last. FusionError for an unknown name.
     """
     known = sorted(_BACKENDS.values(), key=lambda backend: -backend.priority)
     if names is None:
         return [backend for backend in known if backend.priority >= 0]
+    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+        raise FusionError(
+            Reason.UNKNOWN_BACKEND, f"backends is {names!r}, expected a tuple of names"
+        )
     unknown = set(names) - set(_BACKENDS)
     if unknown:
-        raise KeyError(f"back ends {sorted(unknown)} are not among {sorted(_BACKENDS)}")
+        raise FusionError(
+            Reason.UNKNOWN_BACKEND,
+            f"back ends {sorted(unknown)} are not among {sorted(_BACKENDS)}",
+        )
     order = [name for name in names if name != EAGER] + [EAGER]
     return [b for b in known if b.always and b.name not in order] + [_BACKENDS[n] for n in order]
 

@@ -20,14 +20,7 @@ from ..spec import (
 )
 from .attention import Attention, attentions, is_projection
 from .groups import BLOCK, Claims, FusionGroup
-from .nodes import (
-    VIEW,
-    class_of,
-    exclusive_views_down,
-    exclusive_views_up,
-    name_of,
-    owner_of,
-)
+from .nodes import exclusive_views_down, exclusive_views_up, name_of, owner_of
 from .rules import is_residual
 from .site import attribute
 
@@ -38,6 +31,22 @@ _SPLIT = ["reshape", "transpose", "reshape", "select"]
 _STACK = ["contiguous", "squeeze", "transpose", "unsqueeze", "unflatten"]
 _BATCH_FIRST = ["reshape", "transpose"]
 _OVER_HEADS = ["reshape", "reshape", "expand"]
+
+
+def _extents(node: fx.Node) -> list[str]:
+    return [str(extent) for extent in node.meta["val"].shape]
+
+
+def _order(view: fx.Node) -> tuple[int, ...]:
+    """What a transposition or permutation of four dimensions makes of 0, 1, 2, 3; () for others."""
+    order = list(range(4))
+    if name_of(view) == "permute":
+        return tuple(dim % 4 for dim in view.args[1])
+    if name_of(view) != "transpose":
+        return ()
+    a, b = view.args[1:]
+    order[a], order[b] = order[b], order[a]
+    return tuple(order)
 
 
 class _Unlike(Exception):
@@ -99,13 +108,19 @@ class _Reader:
         eps = node.args[4] if len(node.args) > 4 else 1e-5
         return NormSpec(NormKind.LAYER, float(eps)), node.args[0]
 
-    def _up(self, node: fx.Node) -> fx.Node:
-        """Past views that have one reader, upwards; notes them."""
-        while class_of(node) == VIEW and name_of(node) != "getitem":
-            self._only_reader(node, "a view")
-            self.nodes.append(node)
-            node = node.args[0]
-        return node
+    def _heads(self, node: fx.Node) -> fx.Node:
+        """Past the views that turn (batch, sequence, heads * size) to (batch, heads, sequence,
+        size), upwards; notes them.
+        """
+        views = exclusive_views_up(node)[:2]
+        turned = bool(views) and _order(views[0]) == (0, 2, 1, 3)
+        if not turned or [name_of(view) for view in views[1:]] != ["reshape"]:
+            raise _Unlike("heads are not taken apart as (batch, sequence, heads, size)")
+        apart, whole = (_extents(n) for n in (views[1], views[1].args[0]))
+        if len(apart) != 4 or len(whole) != 3 or apart[:2] != whole[:2]:
+            raise _Unlike("heads are not the last dimension of a projection")
+        self.nodes += views
+        return views[1].args[0]
 
     def _stacked(self) -> fx.Node | None:
         """What one projection makes q, k and v of as nn.MultiheadAttention does, batch first; None
@@ -114,6 +129,8 @@ class _Reader:
         parts = (self.call.query, self.call.key, self.call.value)
         chains = [exclusive_views_up(node)[: len(_SPLIT)] for node in parts]
         if any([name_of(view) for view in chain] != _SPLIT for chain in chains):
+            return None
+        if any(sorted(chain[1].args[1:]) != [0, 1] for chain in chains):
             return None
         if [chain[-1].args[1:] for chain in chains] != [(0, 0), (0, 1), (0, 2)]:
             return None
@@ -150,10 +167,29 @@ class _Reader:
         """What q, k and v are made of, all three."""
         sources = []
         for name, node in zip(("qkv", "k", "v"), (self.call.query, self.call.key, self.call.value)):
-            sources.append(self._linear(self._up(node), name))
+            sources.append(self._linear(self._heads(node), name))
         if len(set(sources)) != 1:
             raise _Unlike("q, k and v have different inputs")
         return sources[0]
+
+    def _joined(self, stacked: bool) -> fx.Node:
+        """The last of the views that make one dimension of heads and size, in this order."""
+        views = exclusive_views_down(self.attention.last)
+        turns, whole = views[:-1], views[-1] if views else None
+        if whole is None or name_of(whole) != "reshape":
+            raise _Unlike("the attention's output is not reshaped")
+        orders = [(2, 0, 1, 3)] if stacked else [(0, 2, 1, 3)]
+        if self.call.merged:
+            right = not turns and not stacked
+        else:
+            right = len(turns) == 1 and _order(turns[0]) in orders
+        before, after = _extents(whole.args[0]), _extents(whole)
+        together = int(before[-1]) * int(before[-2])
+        ends = after[:2] == before[:2] if len(after) == 3 else stacked and len(after) == 2
+        if not right or not ends or after[-1] != str(together):
+            raise _Unlike("the attention's heads are not put together in order")
+        self.nodes += views
+        return whole
 
     def _activation(self, node: fx.Node) -> tuple[str, fx.Node]:
         self.nodes.append(node)
@@ -195,11 +231,7 @@ class _Reader:
         projected = self._projected() if stacked is None else stacked
         mask = self._mask(stacked is not None)
         self.nodes += self.attention.nodes
-        node = self.attention.last
-        while class_of(self._only_reader(node, "the attention")) == VIEW:
-            node = self._only_reader(node, "the attention")
-            self.nodes.append(node)
-        output = self._only_reader(node, "the attention")
+        output = self._only_reader(self._joined(stacked is not None), "the attention")
         self._linear(output, "o")
         if stacked is not None:
             views = exclusive_views_down(output)

@@ -11,6 +11,7 @@ import torch
 from ..harness import encoders, inputs
 from .backends import chosen
 from .draw import to_html
+from .inputs import longest_sequence
 from .model import FusedModel, arguments_of, fuse
 from .tracer import LEVELS
 
@@ -44,23 +45,34 @@ def run(arguments: argparse.Namespace) -> int:
     """Runs the command; 0 where every attention layer was found."""
     if arguments.batch < 1 or arguments.length < 1 or arguments.rounds < 0:
         raise inputs.InputError("--batch and --length are positive, --rounds is not negative")
-    try:
-        chosen(arguments.backends)
-    except KeyError as error:
-        raise inputs.InputError(error.args[0]) from None
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
+    if abs(arguments.seed) >= 1 << 62:
+        raise inputs.InputError(f"--seed is {arguments.seed}: expected less than 2**62")
+    chosen(arguments.backends)
+    name = arguments.model.rstrip("/").rpartition("/")[2]
+    folder = made(Path(arguments.out or f"graph-{name}"))
+    if arguments.threads is not None:
+        torch.set_num_threads(inputs.at_least("--threads", arguments.threads, 1))
     loaded, _ = encoders.load_any(arguments.model, arguments.dtype, arguments.seed)
+    longest = longest_sequence(getattr(loaded.model, "config", None))
+    if arguments.length > longest:
+        raise inputs.InputError(
+            f"--length is {arguments.length}: the model's sequences have at most {longest} tokens"
+        )
     fused = fuse(
         loaded.model, level=arguments.level, backends=arguments.backends, mask=arguments.mask
     )
     given = sized(fused, arguments.batch, arguments.length, arguments.seed)
-    fused.measure(given, compiled=arguments.compiled, rounds=arguments.rounds)
-    name = arguments.model.rstrip("/").rpartition("/")[2]
+    try:
+        fused.measure(given, compiled=arguments.compiled, rounds=arguments.rounds)
+    except (IndexError, RuntimeError) as error:
+        first = str(error).partition("\n")[0]
+        raise inputs.InputError(
+            f"the model does not run with --batch {arguments.batch} --length {arguments.length}: "
+            f"{first}"
+        ) from error
     fused.report.model = f"{name} {arguments.dtype}"
     sizes = ", ".join(f"{key} {'x'.join(map(str, tensor.shape))}" for key, tensor in given.items())
     fused.report.notes.append(f"measured with {sizes}, {torch.get_num_threads()} threads")
-    folder = Path(arguments.out or f"graph-{name}")
     write(fused, folder)
     print(fused.report.to_markdown())
     print(f"written: {folder}")
@@ -82,9 +94,23 @@ def sized(fused: FusedModel, batch: int, length: int, seed: int) -> dict[str, An
     return {name: next(tensors) for name in given if isinstance(given[name], torch.Tensor)}
 
 
+def made(folder: Path) -> Path:
+    """The folder, made where it was not; InputError where it cannot be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise inputs.InputError(f"--out {folder} cannot be made: {error.strerror}") from None
+    return folder
+
+
 def write(fused: FusedModel, folder: Path) -> None:
-    """report.md, report.json and graph.html in the folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "report.md").write_text(fused.report.to_markdown())
-    (folder / "report.json").write_text(fused.report.to_json())
-    (folder / "graph.html").write_text(to_html(fused.report))
+    """report.md, report.json and graph.html in the folder; InputError where it is not writable."""
+    report = fused.report
+    pages = {"report.md": report.to_markdown(), "report.json": report.to_json(),
+             "graph.html": to_html(report)}  # fmt: skip
+    made(folder)
+    try:
+        for name, text in pages.items():
+            (folder / name).write_text(text)
+    except OSError as error:
+        raise inputs.InputError(f"--out {folder} is not writable: {error.strerror}") from None

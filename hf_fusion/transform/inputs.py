@@ -60,20 +60,21 @@ def example_inputs(model: nn.Module, seed: int = 0, mask: bool = False) -> dict[
         return {name: noise(BATCH, _SAMPLES)}
     if name != "input_ids" or not hasattr(config, "vocab_size"):
         raise FusionError(Reason.INPUT, f"the model reads {name}: give example_inputs")
-    length = min(LENGTH, _positions(config))
+    length = min(LENGTH, longest_sequence(config))
     made = {"input_ids": ids(length)}
     if mask:
         made["attention_mask"] = torch.ones(BATCH, length, dtype=torch.int64)
         made["attention_mask"][0, -2:] = 0
     if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in parameters:
-        made["decoder_input_ids"] = ids(min(TARGET, _positions(config)))
+        made["decoder_input_ids"] = ids(min(TARGET, longest_sequence(config)))
     return made
 
 
-def _positions(config: Any) -> int:
+def longest_sequence(config: Any) -> int:
     """The longest sequence that the configuration names, without bound where it names none."""
     names = ("max_position_embeddings", "n_positions")
-    return min((n for n in (getattr(config, name, None) for name in names) if n), default=1 << 30)
+    sizes = (getattr(config, name, None) or 0 for name in names)
+    return min((n for n in sizes if n > 0), default=1 << 30)
 
 
 def like(name: str, example: Tensor, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
+from ..report import FusionError, Reason
 from . import meter
 from .inductor import calls_in
 from .interface import configurations
@@ -47,8 +48,14 @@ def compare(
     inputs: named arguments, the captured ones by default. compiled: also torch.compile of the model
     as it is, with the calls in the code it generated for kernels. rounds: interleaved rounds of the
     clock, none by default. beside: more calls to measure, by name. The result is kept in
-    `report.measured`.
+    `report.measured`. FusionError for inputs without names and rounds that are not counted.
     """
+    if inputs is not None and not isinstance(inputs, Mapping):
+        raise FusionError(
+            Reason.INPUT, f"inputs is {type(inputs).__name__}, expected arguments by name"
+        )
+    if type(rounds) is not int or rounds < 0:
+        raise FusionError(Reason.ARGUMENT, f"rounds is {rounds!r}, expected 0 or more")
     model = fused.original
     arguments = {**arguments_of(fused), **(inputs or {})}
     calls: dict[str, Callable[[], Any]] = {"fused": lambda: fused(**arguments)}

@@ -73,6 +73,11 @@ class _Dispatched(TorchDispatchMode):
         return out
 
 
+def counting() -> bool:
+    """Whether `kernels` counts what this thread runs, by a mode of its own."""
+    return getattr(_active, "counter", None) is not None
+
+
 @contextlib.contextmanager
 def opaque(name: str, kernels: int) -> Iterator[Callable[[Any], Any]]:
     """Around work that counts as `kernels`; pass its result through what this yields."""

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import inspect
+import os
 from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
+from ..guard import check_autocast, check_environment
 from ..report import FusionError, Reason, Stats
+from . import meter
 from .backends import chosen
 from .capture import Capture, Signature, capture, named_arguments
 from .conditions import text, unmet
@@ -17,6 +20,7 @@ from .linears import PackedLinear
 from .partition import AttentionFusionPartitioner
 from .report import FusionReport
 from .rewrite import rewrite
+from .stamp import Stamp
 from .tracer import decompose
 from .verify import call_arguments, narrow, verify
 
@@ -25,9 +29,11 @@ class FusedModel(nn.Module):
     """A model as a graph of fused groups.
 
     Takes the model's arguments and returns the model's outputs, without a cache. A call that the
-    graph was not captured for (other arguments or types, sizes it is not right for, gradients) runs
-    the model itself and is counted in `stats` with the reason; where there is no model any more, as
-    after `load`, it raises FusionError. `report` says what was fused, what not, and why.
+    graph was not captured for (other arguments or types, sizes it is not right for, gradients), or
+    that finds the model changed, runs the model itself and is counted in `stats` with the reason;
+    where there is no model any more, as after `load`, and where `strict` is set, as it is at first
+    by HF_FUSION_STRICT=1, it raises FusionError. `report` says what was fused, what not, and why.
+    Casts, moves, copies and pickles raise FusionError as well.
     """
 
     def __init__(
@@ -36,16 +42,39 @@ class FusedModel(nn.Module):
         captured: Capture,
         report: FusionReport,
         original: nn.Module | None = None,
+        positional: list[str] | None = None,
     ):
         super().__init__()
         self.graph = graph
         self.captured, self.report = captured, report
         self.stats = Stats()
+        self.strict = os.environ.get("HF_FUSION_STRICT", "") == "1"
         # in a tuple: the model is no part of this one's state
         self._original = (original,)
+        self._stamp = Stamp(original) if original is not None else None
         forward = original.forward if original is not None else None
         self._signature = inspect.signature(forward) if forward is not None else None
+        self.positional = _positional(self._signature) if positional is None else positional
         self.eval()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> FusedModel:
+        """Refuses what would change a tensor: the graph holds the model's own parameters."""
+        if not all(fn(tensor) is tensor for tensor in (*self.parameters(), *self.buffers())):
+            raise FusionError(
+                Reason.CAPTURED, "cast or move the model and fuse it again, or load it there"
+            )
+        return self
+
+    def share_memory(self) -> FusedModel:
+        """Refused: native calls know where the weights lie."""
+        raise FusionError(Reason.CAPTURED, "share the model's memory and fuse it again")
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise FusionError(
+            Reason.CAPTURED,
+            "a fused model is neither copied nor pickled: use save and FusedModel.load, or fuse a "
+            "copy of the model",
+        )
 
     @property
     def original(self) -> nn.Module | None:
@@ -54,11 +83,13 @@ class FusedModel(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the model returns for these arguments."""
+        if self.original is not None and torch.compiler.is_compiling():
+            return self.original(*args, **kwargs)
         try:
             tensors = self._tensors(args, kwargs)
         except FusionError as error:
             self.stats.refuse(error)
-            if self.original is None:
+            if self.original is None or self.strict:
                 raise
             return self.original(*args, **kwargs)
         result = pytree.tree_unflatten(self.graph(*tensors), self.captured.output_spec)
@@ -68,10 +99,10 @@ class FusedModel(nn.Module):
     def _tensors(self, args: tuple, kwargs: dict[str, Any]) -> list[Tensor]:
         """The graph's inputs of a call; FusionError where it was not captured for them."""
         signature = self.captured.signature
-        if torch.is_grad_enabled() and any(p.requires_grad for p in self._trained()):
-            raise FusionError(
-                Reason.GRADIENTS, "fused groups have no backward: use torch.no_grad()"
-            )
+        if not meter.counting():
+            check_environment()
+        if self._stamp is not None:
+            self._stamp.check()
         named = self._named(args, kwargs)
         for name, value in signature.defaults.items():
             if named.setdefault(name, value) != value:
@@ -84,15 +115,28 @@ class FusedModel(nn.Module):
         leaves, structure = pytree.tree_flatten({name: named[name] for name in signature.arguments})
         if structure != signature.structure:
             raise FusionError(Reason.ARGUMENT, "arguments are nested in another way than captured")
-        return _checked(signature, leaves)
+        tensors = _checked(signature, leaves)
+        for device in {tensor.device for tensor in self.captured.examples}:
+            check_autocast(device)
+        if torch.is_grad_enabled() and any(t.requires_grad for t in (*tensors, *self._trained())):
+            raise FusionError(
+                Reason.GRADIENTS, "fused groups have no backward: use torch.no_grad()"
+            )
+        return tensors
 
     def _named(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
         if self._signature is not None:
             return named_arguments(self._signature, args, kwargs)
+        if len(args) > len(self.positional):
+            raise FusionError(
+                Reason.ARGUMENT,
+                f"{len(args)} positional arguments, expected at most {self.positional}",
+            )
+        given = dict(zip(self.positional, args))
+        for name in given.keys() & kwargs.keys():
+            raise FusionError(Reason.ARGUMENT, f"{name} is given by position and by name")
         names = self.captured.signature.arguments
-        if len(args) > len(names):
-            raise FusionError(Reason.ARGUMENT, f"{len(args)} arguments, expected {len(names)}")
-        named = dict(zip(names, args)) | kwargs
+        named = given | kwargs
         return {n: value for n, value in named.items() if value is not None or n in names}
 
     def _trained(self) -> list[Tensor]:
@@ -118,6 +162,13 @@ class FusedModel(nn.Module):
         return load(folder, backends)
 
 
+def _positional(signature: inspect.Signature | None) -> list[str]:
+    """The arguments that a call may give by position, in order."""
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    parameters = signature.parameters.values() if signature is not None else ()
+    return [parameter.name for parameter in parameters if parameter.kind in kinds]
+
+
 def _checked(signature: Signature, leaves: list[Any]) -> list[Tensor]:
     tensors, free = [], {}
     kinds = iter(zip(signature.sizes, signature.dtypes, strict=True))
@@ -138,6 +189,8 @@ def _checked(signature: Signature, leaves: list[Any]) -> list[Tensor]:
         sizes, dtype = next(kinds)
         if not isinstance(leaf, Tensor):
             raise FusionError(Reason.INPUT, f"{name} is {type(leaf).__name__}, expected a tensor")
+        if type(leaf) not in (Tensor, nn.Parameter):
+            raise FusionError(Reason.TENSOR_TYPE, f"{name} is a {type(leaf).__name__}")
         if leaf.dtype != dtype:
             raise FusionError(Reason.DTYPE, f"{name} is {leaf.dtype}, captured was {dtype}")
         shape = tuple(leaf.shape)
@@ -178,6 +231,7 @@ def fuse(
     memory twice; otherwise the model is not touched. Raises FusionError where the model cannot be
     captured or the graph is not the model.
     """
+    chosen(backends)
     captured = capture(model, example_inputs, dynamic=dynamic, mask=mask)
     decompose(captured, level)
     fused = assemble(captured, partitioner, backends, model)
@@ -186,6 +240,7 @@ def fuse(
     narrow(model, captured, fused.graph, shapes)
     if share_weights:
         _share(model, captured.graph_module, fused.graph)
+    fused._stamp = Stamp(model)
     return fused
 
 
@@ -194,6 +249,7 @@ def assemble(
     partitioner: Any,
     backends: tuple[str, ...] | None,
     original: nn.Module | None = None,
+    positional: list[str] | None = None,
 ) -> FusedModel:
     """A FusedModel of a captured graph, not yet verified."""
     if partitioner is None:
@@ -202,7 +258,7 @@ def assemble(
     report = partitioner.partition(captured.graph_module)
     report.road = captured.road
     report.notes += captured.notes
-    return FusedModel(rewrite(report, backends), captured, report, original)
+    return FusedModel(rewrite(report, backends), captured, report, original, positional)
 
 
 def _share(model: nn.Module, source: fx.GraphModule, graph: fx.GraphModule) -> None:

@@ -10,7 +10,7 @@ import ctypes
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from .. import native
 from ..report import FusionError
@@ -18,6 +18,7 @@ from ..step import CpuBackend
 from ..structs import DTYPES, _linear, buffer
 from . import meter
 from .backends import register_backend
+from .blocks import Layer
 from .groups import BLOCK, EPILOGUE, NORM, NORM_RESIDUAL, PARALLEL
 from .linears import activated_linear, not_activated_linear, packable, packed_projections
 from .site import Site
@@ -128,7 +129,22 @@ def _refuses(site: Site) -> str | None:
         return packable(site)
     if kind in (NORM, NORM_RESIDUAL):
         return _norm_refuses(site)
-    return not_activated_linear(site) if kind == EPILOGUE else None
+    return not_activated_linear(site) if kind == EPILOGUE else _layer_refuses(site, values[0])
+
+
+def _layer_refuses(site: Site, value: Tensor) -> str | None:
+    layer = site.group.details["layer"]
+    mask = layer.mask.meta["val"] if layer.mask is not None else None
+    if mask is not None and mask.dtype not in (torch.bool, value.dtype):
+        return "the mask is neither bool nor of the layer's type"
+    tensors = layer.tensors(site.outer)
+    if any(tensor is not None and tensor.dtype != value.dtype for tensor in tensors):
+        return "a parameter has another type than the layer's result"
+    try:
+        CpuBackend().bind_block(layer.spec, tensors)
+    except FusionError as error:
+        return str(error)
+    return None
 
 
 def _norm_refuses(site: Site) -> str | None:
@@ -140,6 +156,8 @@ def _norm_refuses(site: Site) -> str | None:
     weight = site.node(roles["weight"].name)
     if weight is None or site.parameter(weight) is None:
         return "the norm's weight is not a parameter"
+    if tuple(site.parameter(weight).shape) != (site.value(site.results[-1]).shape[-1],):
+        return "the norm's weight is not one number for each column"
     if site.parameter(weight).dtype != site.value(site.results[-1]).dtype:
         return "the norm's weight has another type than its result"
     names = {node.name for node in site.results}
@@ -163,14 +181,17 @@ def _build_layer(site: Site) -> nn.Module:
     paths = {node.name: node.target for node in site.outer.graph.find_nodes(op="get_attr")}
     assert set(filter(None, layer.parameters.values())) <= set(paths.values())
     module = NativeLayer(CpuBackend(), layer.spec, layer.tensors(site.outer))
-    values = {
-        i: argument.meta["val"] for i, argument in enumerate(site.call.args)
-        if argument.op != "get_attr" and isinstance(argument.meta.get("val"), Tensor)
-    }  # fmt: skip
-    source = next(i for i, v in values.items() if v.dim() == 3 and v.shape[-1] == layer.spec.hidden)
-    mask = [i for i, value in values.items() if i != source and value.dim() == 4]
-    module.takes = (source, *mask)
+    reads = [node for node in (layer.source, layer.mask) if node is not None]
+    module.takes = tuple(site.placeholders.index(_inner(site, layer, node)) for node in reads)
     return module
+
+
+def _inner(site: Site, layer: Layer, node: fx.Node) -> fx.Node:
+    """The inner graph's input for a node outside, by what reads it."""
+    reader = next(inside for inside in layer.nodes if node in inside.all_input_nodes)
+    place = [*reader.args, *reader.kwargs.values()].index(node)
+    made = site.node(reader.name)
+    return [*made.args, *made.kwargs.values()][place]
 
 
 def _build_norm(site: Site) -> nn.Module:

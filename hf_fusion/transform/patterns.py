@@ -48,7 +48,7 @@ def _match(pattern: Any, node: Any, bound: dict[str, Any], inside: list[fx.Node]
         if not node.args or not isinstance(node.args[0], fx.Node):
             return False
         node = node.args[0]
-    if name_of(node) != pattern.name:
+    if name_of(node) != pattern.name or node.kwargs.get("alpha", 1) != 1:
         return False
     orders = [tuple(node.args)]
     if pattern.name in _COMMUTATIVE and len(node.args) == 2:

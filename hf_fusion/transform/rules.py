@@ -95,10 +95,21 @@ def rms_norms(graph: fx.Graph, claims: Claims) -> Iterator[FusionGroup]:
         if found is None or not isinstance(found[0]["weight"], fx.Node):
             continue
         roles, nodes = found
-        if roles["weight"].op != "get_attr":
+        if roles["weight"].op != "get_attr" or not _over_the_last(nodes):
             continue
         nodes = _with_conversion(roles, nodes)
         yield _norm_group(node, nodes, roles["x"], {"rms": roles}, claims)
+
+
+def _over_the_last(nodes: list[fx.Node]) -> bool:
+    """Whether the mean among the nodes is over the last dimension, which stays."""
+    mean = next(node for node in nodes if name_of(node) == "mean")
+    dims = mean.args[1] if len(mean.args) > 1 else mean.kwargs.get("dim")
+    keeps = mean.args[2] if len(mean.args) > 2 else mean.kwargs.get("keepdim", False)
+    value = mean.args[0].meta.get("val")
+    last = (-1, value.dim() - 1) if value is not None else (-1,)
+    dims = dims if isinstance(dims, (list, tuple)) else [dims]
+    return len(dims) == 1 and dims[0] in last and bool(keeps)
 
 
 def _with_conversion(roles: dict[str, fx.Node], nodes: list[fx.Node]) -> list[fx.Node]:
@@ -130,6 +141,8 @@ def _norm_group(last, nodes, source, details, claims) -> FusionGroup:
 def is_residual(node: fx.Node) -> bool:
     """Whether the node adds two tensors of one shape, neither a parameter."""
     if not isinstance(node, fx.Node) or name_of(node) != "add" or len(node.all_input_nodes) != 2:
+        return False
+    if node.kwargs.get("alpha", 1) != 1:
         return False
     shapes = [getattr(n.meta.get("val"), "shape", None) for n in (node, *node.all_input_nodes)]
     same = len({str(shape) for shape in shapes}) == 1

@@ -17,6 +17,12 @@ _FRESH = {
     "mul", "sub", "div", "gelu", "relu", "silu", "tanh", "sigmoid", "cat", "embedding", "softmax",
     "pow", "rsqrt", "neg", "attention", "_linear_pointwise",
 }  # fmt: skip
+# Views in which every element is one of the input's and none is there twice.
+_PLAIN_VIEWS = {
+    "reshape", "view", "transpose", "permute", "t", "unsqueeze", "squeeze", "flatten", "unflatten",
+    "contiguous", "slice", "select", "split", "split_with_sizes", "chunk", "unbind", "getitem",
+    "narrow", "movedim", "alias", "detach", "to",
+}  # fmt: skip
 
 
 @dataclass(eq=False)
@@ -84,8 +90,17 @@ def owns(outer: fx.GraphModule, node: fx.Node, reader: fx.Node) -> bool:
     if node.op != "call_function":
         return False
     if is_view(node):
-        return owns(outer, node.args[0], node)
+        return name_of(node) in _PLAIN_VIEWS and owns(outer, node.args[0], node)
     return name_of(node) in _FRESH
+
+
+def _is_plain_view(node: object) -> bool:
+    return (
+        isinstance(node, fx.Node)
+        and node.op == "call_function"
+        and is_view(node)
+        and name_of(node) in _PLAIN_VIEWS
+    )
 
 
 def _returns_fresh(module: nn.Module, index: int | None) -> bool:
@@ -99,7 +114,7 @@ def fresh_results(inner: fx.GraphModule) -> tuple[bool, ...]:
     results = list(returned) if isinstance(returned, tuple) else [returned]
     roots = []
     for node in results:
-        while isinstance(node, fx.Node) and node.op == "call_function" and is_view(node):
+        while _is_plain_view(node):
             node = node.args[0]
         roots.append(node)
     return tuple(
@@ -152,7 +167,7 @@ def _reusable(site: Site, operand: object, node: fx.Node) -> bool:
     if str(tuple(before.shape)) != str(tuple(after.shape)):
         return False
     reader = node
-    while operand.op == "call_function" and is_view(operand):
+    while _is_plain_view(operand):
         if set(operand.users) != {reader}:
             return False
         reader, operand = operand, operand.args[0]

@@ -13,6 +13,8 @@ import json
 import math
 import operator
 import re
+from collections.abc import Callable
+from keyword import iskeyword
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +25,32 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..report import FusionError, Reason
+from .backends import chosen
 from .capture import Capture, Signature
 from .conditions import unmet
 from .explicit import AttentionCall
-from .model import FusedModel, assemble
+from .model import FusedModel, arguments_of, assemble
 from .site import attribute
 
-FORMAT = 1
+FORMAT = 2
 GRAPH, WEIGHTS = "graph.json", "weights.safetensors"
 _NAMESPACES = ("aten", "hf_fusion")
 _OPERATORS = ("getitem", "add", "sub", "mul", "floordiv", "mod", "neg", "truediv", "pow",
               "eq", "ne", "lt", "le", "gt", "ge", "and_", "or_", "not_")  # fmt: skip
+# of those that read no tensor, the ones that make one of their arguments alone
+_MAKERS = {"arange", "empty", "eye", "full", "linspace", "ones", "scalar_tensor", "tril_indices",
+           "triu_indices", "zeros"}  # fmt: skip
+# of those that may draw random numbers, the ones that do not without dropout
+_DROPOUT = {"dropout", "scaled_dot_product_attention"}
+# of those that are torch's own business, the ones that are not among its core operators
+_PRIVATE = {"__and__", "__or__", "__xor__", "_convolution", "_unsafe_view", "_unsafe_index",
+            "_weight_norm", "_weight_norm_interface"}  # fmt: skip
+_RESULTS = ("Tensor", "List[Tensor]", "int", "SymInt", "float", "bool", "number")
 _KINDS = {"dtype": torch.dtype, "layout": torch.layout, "memory_format": torch.memory_format}
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
+
+
+_has_kernel = torch._C._dispatch_has_kernel
 
 
 def save(fused: FusedModel, folder: Any) -> None:
@@ -67,6 +82,7 @@ def save(fused: FusedModel, folder: Any) -> None:
             "sizes": signature.sizes,
             "dtypes": [_encoded(dtype) for dtype in signature.dtypes],
             "arguments": signature.arguments,
+            "positional": fused.positional,
             "structure": pytree.treespec_dumps(signature.structure),
             "defaults": {name: _encoded(value) for name, value in signature.defaults.items()},
             "conditions": signature.conditions,
@@ -84,27 +100,66 @@ def load(folder: Any, backends: tuple[str, ...] | None = None) -> FusedModel:
     other results here than were stored.
     """
     folder = Path(folder)
+    chosen(backends)
+    described = _read(folder / GRAPH, "JSON", lambda path: json.loads(path.read_text()))
+    tensors = _read(folder / WEIGHTS, "safetensors", load_file)
+    if not isinstance(described, dict) or described.get("format") != FORMAT:
+        found = described.get("format") if isinstance(described, dict) else None
+        raise FusionError(
+            Reason.INVALID, f"{folder / GRAPH} has format {found!r}, expected {FORMAT}"
+        )
     try:
-        described = json.loads((folder / GRAPH).read_text())
-        tensors = load_file(folder / WEIGHTS)
-        if described["format"] != FORMAT:
-            raise FusionError(
-                Reason.INVALID, f"{folder} has format {described['format']}, expected {FORMAT}"
-            )
         captured = _captured(described, tensors)
-    except (OSError, KeyError, ValueError, TypeError, IndexError) as error:
-        if isinstance(error, FusionError):
-            raise
-        raise FusionError(Reason.INVALID, f"{folder} is no fused model: {error!r}") from error
-    fused = assemble(captured, None, backends)
-    with torch.no_grad():
-        got = pytree.tree_leaves(fused.graph(*captured.examples))
+        positional = _names(described["signature"]["positional"])
+        fused = assemble(captured, None, backends, None, positional)
+        got = _outputs(fused)
+    except Exception as error:  # what a changed file leads to is of many unrelated types
+        raise FusionError(
+            Reason.INVALID,
+            f"{folder / GRAPH} and {WEIGHTS} are no graph that save wrote: {_line(error)}",
+        ) from error
+    expected = [name for name in tensors if name.startswith("expected.")]
     for i, tensor in enumerate(got):
         want = tensors.get(f"expected.{i}")
-        if want is None or not _close(tensor, want):
-            raise FusionError(Reason.INVALID, f"output {i} on this machine is not the stored one")
+        if want is None or len(got) != len(expected) or not _close(tensor, want):
+            raise FusionError(
+                Reason.INVALID, f"output {i} on this machine is not the one in {folder / WEIGHTS}"
+            )
     fused.report.model = described["model"]
     return fused
+
+
+def _read(path: Path, kind: str, read: Callable[[Path], Any]) -> Any:
+    try:
+        return read(path)
+    except Exception as error:  # safetensors' errors share no type with others
+        raise FusionError(
+            Reason.INVALID, f"{path} cannot be read as {kind}: {_line(error)}"
+        ) from error
+
+
+def _line(error: Exception) -> str:
+    first = str(error).strip().partition("\n")[0]
+    return f"{type(error).__name__}: {first[:200]}" if first else type(error).__name__
+
+
+@torch.no_grad()
+def _outputs(fused: FusedModel) -> list[Tensor]:
+    """What the graph gives for the stored example, which must be a call that it takes."""
+    given = fused._tensors((), arguments_of(fused))
+    if [t.data_ptr() for t in given] != [t.data_ptr() for t in fused.captured.examples]:
+        raise ValueError("the arguments' structure is not that of the example")
+    got = fused.graph(*given)
+    pytree.tree_unflatten(got, fused.captured.output_spec)
+    return pytree.tree_leaves(got)
+
+
+def _names(names: Any) -> list[str]:
+    """The names, each an identifier: fx writes them into code."""
+    for name in names:
+        if not isinstance(name, str) or not name.isidentifier() or iskeyword(name):
+            raise ValueError(f"{name!r} is no name")
+    return list(names)
 
 
 def _close(got: Tensor, want: Tensor) -> bool:
@@ -144,7 +199,7 @@ def _encoded(value: Any) -> Any:
 
 
 def _decoded(value: Any, nodes: dict[str, fx.Node]) -> Any:
-    if not isinstance(value, dict):
+    if value is None or isinstance(value, (bool, int, float, str)):
         return value
     ((kind, inner),) = value.items()
     if kind == "node":
@@ -167,7 +222,7 @@ def _target(node: fx.Node) -> str:
     target = node.target
     if node.op in ("placeholder", "get_attr", "output"):
         return str(target)
-    if isinstance(target, torch._ops.OpOverload) and target.namespace in _NAMESPACES:
+    if isinstance(target, torch._ops.OpOverload) and _is_plain(target):
         return f"{target._schema.name}.{target._overloadname}"
     name = getattr(target, "__name__", "")
     if (
@@ -179,10 +234,46 @@ def _target(node: fx.Node) -> str:
     raise FusionError(Reason.ARGUMENT, f"{node.name} calls {target}, which cannot be stored")
 
 
+def _is_plain(target: torch._ops.OpOverload) -> bool:
+    """Whether the operator is aten's or ours and only makes results of its operands: it reads a
+    tensor, or is one of `_MAKERS`, writes to nothing, and draws no random numbers.
+    """
+    schema = target._schema
+    space, _, name = schema.name.partition("::")
+    if space not in _NAMESPACES or schema.is_mutable or not schema.returns:
+        return False
+    if torch.Tag.nondeterministic_seeded in target.tags and name not in _DROPOUT:
+        return False
+    if name.startswith("_") and torch.Tag.core not in target.tags and name not in _PRIVATE:
+        return False
+    if not _has_kernel(target.name()):
+        return False
+    reads = any("Tensor" in str(argument.type) for argument in schema.arguments)
+    if not all(str(result.type) in _RESULTS for result in schema.returns):
+        return False
+    return reads or name in _MAKERS
+
+
+def _drops(target: Any, args: tuple, kwargs: dict[str, Any]) -> bool:
+    """Whether the call drops values at random."""
+    if not isinstance(target, torch._ops.OpOverload):
+        return False
+    given = dict(zip((argument.name for argument in target._schema.arguments), args)) | kwargs
+    return any(given.get(name) for name in ("dropout", "dropout_p", "train"))
+
+
 def _resolved(op: str, name: str) -> Any:
-    """The function a stored name stands for: operators of aten, ours, and a few of Python's."""
-    if op in ("placeholder", "get_attr", "output"):
+    """The function a stored name stands for: plain operators, and a few of Python's; names of
+    parameters and inputs are identifiers, since fx writes them into code.
+    """
+    if op == "get_attr":
+        if not re.fullmatch(r"\w+(\.\w+)*", name):
+            raise ValueError(f"{name!r} is no path of a parameter")
         return name
+    if op == "placeholder":
+        return _names([name])[0]
+    if op == "output":
+        return op
     found = re.fullmatch(r"(\w+)::(\w+)(?:\.(\w+))?", name)
     if op != "call_function" or found is None:
         raise ValueError(f"{op} {name} is no operator")
@@ -192,9 +283,9 @@ def _resolved(op: str, name: str) -> Any:
     if space in _NAMESPACES and overload:
         packet = getattr(getattr(torch.ops, space), operator_name, None)
         target = getattr(packet, overload, None)
-        if isinstance(target, torch._ops.OpOverload):
+        if isinstance(target, torch._ops.OpOverload) and _is_plain(target):
             return target
-    raise ValueError(f"{name} is no operator")
+    raise ValueError(f"{name} is no operator that a graph may hold")
 
 
 def _node(node: fx.Node) -> dict[str, Any]:
@@ -227,9 +318,11 @@ def _captured(described: dict[str, Any], tensors: dict[str, Tensor]) -> Capture:
             entry["op"],
             _resolved(entry["op"], entry["target"]),
             _decoded(entry["args"], nodes),
-            {name: _decoded(value, nodes) for name, value in entry["kwargs"].items()},
-            entry["name"],
+            {name: _decoded(entry["kwargs"][name], nodes) for name in _names(entry["kwargs"])},
+            *_names([entry["name"]]),
         )
+        if _drops(node.target, node.args, node.kwargs):
+            raise ValueError(f"{node.name} drops values at random")
         nodes[entry["name"]] = node
         if "modules" in entry:
             node.meta["nn_module_stack"] = {path: (path, kind) for path, kind in entry["modules"]}

@@ -173,7 +173,7 @@ class _Compared:
             want = _tensors(self.model(**arguments))
         except Exception as error:  # whatever a model raises
             raise FusionError(
-                Reason.INVALID,
+                Reason.OUT_OF_RANGE if isinstance(error, IndexError) else Reason.INVALID,
                 f"at {label} the model itself fails: {type(error).__name__}: {error}; expected "
                 "one that takes inputs like its example at other sizes",
             ) from error

@@ -1,0 +1,118 @@
+"""Whether a model is still what was captured, in a few passes at the speed of C."""
+
+from __future__ import annotations
+
+from operator import attrgetter
+
+from torch import nn
+
+from ..report import FusionError, Reason
+from ..watch import GLOBAL, Watch, is_inert
+from .interface import configurations
+
+_SWITCHES = (
+    "return_dict", "output_hidden_states", "output_attentions", "_output_attentions", "use_cache",
+    "is_causal",
+)  # fmt: skip
+_version = attrgetter("_version")
+
+
+def _hooks(module: nn.Module) -> tuple:
+    namespace = vars(module)
+    return (
+        *namespace["_forward_pre_hooks"].values(),
+        *(hook for hook in namespace["_forward_hooks"].values() if not is_inert(hook)),
+    )
+
+
+class Stamp:
+    """A model's modules, parameters and buffers, their versions, flags, hooks and the switches of
+    its configurations, as they are now. Writes through `.data` leave no version.
+    """
+
+    def __init__(self, model: nn.Module):
+        self._model = model
+        watch, self._hooked = Watch(), []
+        self._containers: list[dict] = []
+        for module in model.modules():
+            namespace = vars(module)
+            for container in (module._modules, module._parameters, module._buffers):
+                self._containers += [container] if container else []
+                for key in container:
+                    watch.entry(container, key)
+            watch.entry(namespace, "training")
+            watch.modules.append(module)
+            watch.types.append(type(module))
+            if "forward" in namespace:
+                watch.entry(namespace, "forward")
+            else:
+                watch.untouched.append(namespace)
+            if namespace["_forward_hooks"] or namespace["_forward_pre_hooks"]:
+                self._hooked.append((module, _hooks(module)))
+            else:
+                watch.unhooked.append(namespace)
+        self._sizes = list(map(len, self._containers))
+        tensors = [*model.parameters(), *model.buffers()]
+        for tensor in tensors:
+            watch.tensor(tensor)
+        watch.matrices = [tensor for tensor in watch.matrices if tensor.is_contiguous()]
+        self._watch = watch
+        # aliases keep the memory, so that an address is not that of a tensor made later
+        self._kept = [tensor.detach() for tensor in tensors]
+        self._counted = [tensor for tensor in tensors if not tensor.is_inference()]
+        self._versions = list(map(_version, self._counted))
+        self._switches = [
+            (vars(config), {name: vars(config).get(name) for name in _SWITCHES})
+            for config in configurations(model)
+        ]
+        self._modules = [(m, m.training, _hooks(m)) for m in watch.modules]
+
+    def check(self) -> None:
+        """Raises FusionError where the model is another than it was."""
+        if not self._same():
+            self._explain()
+
+    def _same(self) -> bool:
+        return (
+            list(map(_version, self._counted)) == self._versions
+            and self._watch.intact()
+            and list(map(len, self._containers)) == self._sizes
+            and all(_hooks(module) == hooks for module, hooks in self._hooked)
+            and self._switched() is None
+        )
+
+    def _switched(self) -> str | None:
+        for namespace, switches in self._switches:
+            get = namespace.get
+            for name, value in switches.items():
+                if get(name) != value:
+                    return name
+        return None
+
+    def _facts(self) -> tuple:
+        watch = self._watch
+        return (
+            watch.keys, list(map(id, watch.values)), watch.types, *watch.facts, self._versions,
+            list(map(id, watch.matrices)), list(map(id, watch.untouched)),
+        )  # fmt: skip
+
+    def _explain(self) -> None:
+        again = "since the model was fused: fuse it again"
+        for module, training, hooks in self._modules:
+            kind = type(module).__name__
+            if module.training != training:
+                raise FusionError(Reason.TRAINING, f"the mode of a {kind} has changed {again}")
+            if _hooks(module) != hooks:
+                raise FusionError(Reason.HOOKS, f"hooks of a {kind} have changed {again}")
+        switch = self._switched()
+        if switch is not None:
+            raise FusionError(Reason.CHANGED, f"{switch} of its configuration has changed {again}")
+        if any(GLOBAL):
+            raise FusionError(Reason.HOOKS, "hooks or attention functions are set for all models")
+        fresh = Stamp(self._model)
+        if self._facts() != fresh._facts():
+            raise FusionError(
+                Reason.CHANGED, f"modules, parameters or buffers have changed {again}"
+            )
+        # what has come are hooks by which transformers collects outputs that are asked for
+        vars(self).update(vars(fresh))
