@@ -84,6 +84,7 @@ class Watch:
         ] = []  # __dict__ of modules with inert hooks, and these
         self.tensors: list[torch.Tensor] = []
         self.facts: list[list] = [[] for _ in _tensor_facts]
+        self.dense: list[torch.Tensor] = []  # those of the tensors that must stay contiguous
 
     def entry(self, namespace: Any, key: str) -> None:
         """Watches namespace[key]."""
@@ -97,6 +98,7 @@ class Watch:
             self.tensors.append(tensor)
             for fact, values in zip(_tensor_facts, self.facts, strict=True):
                 values.append(fact(tensor))
+            self.dense.append(tensor)
 
     def module(self, name: str, module: nn.Module, inner: bool = True, hooks: bool = True) -> None:
         """Watches children, parameters, class, mode, hooks and forward of a module.
@@ -175,4 +177,4 @@ class Watch:
         for fact, values in zip(_tensor_facts, self.facts, strict=True):
             if list(map(fact, self.tensors)) != values:
                 return False
-        return all(map(_is_contiguous, self.tensors))
+        return all(map(_is_contiguous, self.dense))

@@ -55,7 +55,7 @@ class Stamp:
         tensors = [*model.parameters(), *model.buffers()]
         for tensor in tensors:
             watch.tensor(tensor)
-        watch.matrices = [tensor for tensor in watch.matrices if tensor.is_contiguous()]
+        watch.dense = [tensor for tensor in watch.dense if tensor.is_contiguous()]
         self._watch = watch
         # aliases keep the memory, so that an address is not that of a tensor made later
         self._kept = [tensor.detach() for tensor in tensors]
@@ -93,7 +93,7 @@ class Stamp:
         watch = self._watch
         return (
             watch.keys, list(map(id, watch.values)), watch.types, *watch.facts, self._versions,
-            list(map(id, watch.matrices)), list(map(id, watch.untouched)),
+            list(map(id, watch.dense)), list(map(id, watch.untouched)),
         )  # fmt: skip
 
     def _explain(self) -> None:
