@@ -1,21 +1,24 @@
-"""The command `hf-fusion`: info, ablate, perplexity, bench, attention and graph, thin over the packages.
+"""The command `hf-fusion`: info, ablate, perplexity, bench, attention, graph; thin over packages.
 
 Exit codes: 0, every number has its verdict; 1, one has not; 2, a value is not accepted (one line
-says which).
+says which); 130, interrupted; 141, nobody reads stdout.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
+import os
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 from hf_fusion import FusionError, harness
-from hf_fusion.harness import contenders, info, inputs, options, work_options
+from hf_fusion.harness import contenders, info, inputs, options, render, work_options
 from hf_fusion.transform import command as graph
 
 
@@ -30,15 +33,28 @@ def main(argv: Sequence[str] | None = None) -> int:
 def dispatch(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> int:
     """Parses and runs what the parser's `run` default says, refusals as one line on stderr."""
     _quiet_libraries()
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        arguments = parser.parse_args(argv)
-        return arguments.run(arguments)
+        try:
+            arguments = parser.parse_args(argv)
+            return arguments.run(arguments)
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()
     except (inputs.InputError, FusionError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"{parser.prog}: interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # nobody reads on
+        _drop_stdout()
+        return 128 + signal.SIGPIPE
+    except OSError as error:
+        _drop_stdout()
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 2
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -152,11 +168,12 @@ def ablation_settings(arguments: argparse.Namespace, rungs: Sequence[str]) -> ha
 
 
 def report(result: Any, arguments: argparse.Namespace) -> int:
-    """Prints and writes a result; 1 when something in it has no verdict."""
-    to_stdout = arguments.json == "-"
-    print(json.dumps(result.to_dict(), indent=2) if to_stdout else result.markdown())
-    picture = getattr(arguments, "plot", None)
-    harness.write(result, None if to_stdout else arguments.json, arguments.markdown, picture)
+    """Writes a result, then prints it; 1 when something in it has no verdict."""
+    files = [None if path == "-" else path for path in (arguments.json, arguments.markdown)]
+    try:
+        harness.write(result, *files, getattr(arguments, "plot", None))
+    finally:
+        print(render.as_json(result) if arguments.json == "-" else result.markdown())
     return 0 if result.passed else 1
 
 
@@ -172,6 +189,12 @@ def _timing_settings(arguments: argparse.Namespace, rungs: Sequence[str]) -> har
         loop=arguments.loop,
         sample=arguments.sample,
     )
+
+
+def _drop_stdout() -> None:
+    """Nothing more is written to stdout, not even at exit what is left of it."""
+    with contextlib.suppress(AttributeError, OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _quiet_libraries() -> None:

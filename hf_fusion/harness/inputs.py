@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -98,9 +99,12 @@ def words(text: str) -> tuple[str, ...]:
 
 
 def read_text(path: str | Path) -> str:
-    """The text of a local UTF-8 file; anything else than a regular readable file is an "
-    "InputError."""
+    """The text of a local UTF-8 file; anything else than a regular readable file is an
+    InputError.
+    """
     resolved = Path(path).expanduser().resolve()
+    if resolved.is_dir():
+        raise InputError(f"text file {str(path)!r} is a folder: expected a UTF-8 text file")
     if not resolved.is_file():
         raise InputError(f"text file {str(path)!r} is not there: expected a UTF-8 text file")
     try:
@@ -117,18 +121,44 @@ def read_text(path: str | Path) -> str:
 
 
 def output_path(path: str | Path, suffixes: Sequence[str] = ()) -> Path:
-    """A path whose folder exists or can be made; an unwritable place or another suffix is an
+    """A path that can be written, whose folder is made; any other, or another suffix, is an
     InputError.
     """
-    target = Path(path).expanduser()
-    if suffixes and target.suffix.lower() not in suffixes:
-        raise InputError(f"output file {str(path)!r}: accepted endings are {', '.join(suffixes)}")
-    if target.is_dir():
-        raise InputError(f"output file {str(path)!r} is a folder: expected a file name")
+    if not str(path):
+        raise InputError("output file '': expected a file name")
     try:
+        target = Path(path).expanduser()
+        if suffixes and target.suffix.lower() not in suffixes:
+            raise InputError(
+                f"output file {str(path)!r}: accepted endings are {', '.join(suffixes)}"
+            )
+        if target.is_dir():
+            raise InputError(f"output file {str(path)!r} is a folder: expected a file name")
         target.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(
-            f"output file {str(path)!r}: its folder cannot be made: {error.strerror}"
-        ) from None
+        _try_to_write(target)
+    except (OSError, RuntimeError) as error:  # RuntimeError: no home of that name
+        raise unwritable(path, error) from None
     return target
+
+
+def unwritable(path: str | Path, error: Exception) -> InputError:
+    """The error for an output file that `error` keeps from being written."""
+    reason = getattr(error, "strerror", None) or str(error)
+    if isinstance(error, FileExistsError):
+        reason = "its folder is a file"
+    return InputError(f"output file {str(path)!r} cannot be written: {reason}")
+
+
+def _try_to_write(target: Path) -> None:
+    """OSError where `target` cannot be opened; leaves what is there, and nothing where nothing is.
+
+    Pipes and devices are not opened: a reader would see them end.
+    """
+    if target.exists() and not target.is_file():
+        if not os.access(target, os.W_OK):
+            raise PermissionError(None, "Permission denied")
+        return
+    new = None if target.exists() else os.path.realpath(target)
+    target.open("ab").close()
+    if new is not None:
+        os.unlink(new)

@@ -164,11 +164,14 @@ def add_info(parser: argparse.ArgumentParser) -> None:
 
 def check_outputs(arguments: argparse.Namespace) -> None:
     """Refuses a place that cannot be written, before anything is measured."""
+    if arguments.json == arguments.markdown == "-":
+        raise inputs.InputError("--json and --markdown are both -: expected one of them")
     for path in (arguments.json, arguments.markdown):
-        if path and path != "-":
+        if path not in (None, "-"):
             inputs.output_path(path)
-    if getattr(arguments, "plot", None):
+    if getattr(arguments, "plot", None) is not None:
         inputs.output_path(arguments.plot, plots.PICTURES)
+        plots.library()
 
 
 def _add_model(parser: argparse.ArgumentParser, model: str, dtype: str) -> None:
@@ -204,7 +207,7 @@ def _add_timing(parser: argparse.ArgumentParser) -> None:
 def _add_outputs(parser: argparse.ArgumentParser, picture: bool) -> None:
     note = "write the whole result as JSON; - prints it in place of the table"
     parser.add_argument("--json", metavar="FILE", help=note)
-    parser.add_argument("--markdown", metavar="FILE", help="write the table")
+    parser.add_argument("--markdown", metavar="FILE", help="write the table; - prints it")
     if picture:
         parser.add_argument("--plot", metavar="FILE", help=", ".join(plots.PICTURES))
 

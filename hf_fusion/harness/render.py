@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .inputs import STOCK, output_path
+from .inputs import STOCK, InputError, output_path, unwritable
 from .machine import describe
 from .plots import PICTURES, median_ms, picture
 from .timing import SAMPLING
@@ -27,14 +28,33 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def write(
     result: Any, json_file: Any = None, markdown_file: Any = None, picture_file: Any = None
 ) -> None:
-    """Writes whichever files are named; `result` has to_dict() and markdown()."""
-    if json_file:
-        text = json.dumps(result.to_dict(), indent=2, allow_nan=True) + "\n"
-        output_path(json_file).write_text(text, encoding="utf-8")
-    if markdown_file:
-        output_path(markdown_file).write_text(result.markdown() + "\n", encoding="utf-8")
-    if picture_file:
-        picture(result, output_path(picture_file, PICTURES))
+    """Writes whichever files are named; `result` has to_dict() and markdown(). InputError names
+    those that cannot be written, after the others are.
+    """
+    refused = []
+    for file, suffixes, put in (
+        (json_file, (), lambda path: _put(as_json(result), path)),
+        (markdown_file, (), lambda path: _put(result.markdown(), path)),
+        (picture_file, PICTURES, lambda path: picture(result, path)),
+    ):
+        try:
+            if file:
+                put(output_path(file, suffixes))
+        except OSError as error:
+            refused.append(str(unwritable(file, error)))
+        except InputError as error:
+            refused.append(str(error))
+    if refused:
+        raise InputError("; ".join(refused))
+
+
+def as_json(result: Any) -> str:
+    """The whole result as JSON."""
+    return json.dumps(result.to_dict(), indent=2, allow_nan=True)
+
+
+def _put(text: str, path: Path) -> None:
+    path.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
 
 
 def ablation_markdown(result: AblationResult) -> str:
