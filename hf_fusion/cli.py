@@ -174,6 +174,8 @@ def report(result: Any, arguments: argparse.Namespace) -> int:
         harness.write(result, *files, getattr(arguments, "plot", None))
     finally:
         print(render.as_json(result) if arguments.json == "-" else result.markdown())
+    if getattr(result, "ending", None) and result.ending.interrupted:
+        raise KeyboardInterrupt
     return 0 if result.passed else 1
 
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
 from types import SimpleNamespace
 
 import pytest
 
 from hf_fusion import cli, harness
-from hf_fusion.harness import inputs
+from hf_fusion.harness import attention_study, inputs, sweep
 
 COMMANDS = ("ablate", "perplexity", "bench", "bench attention")
 PRINTS = """
@@ -164,3 +166,83 @@ def test_a_stdout_that_cannot_encode_is_written_to():
     printed, error = process.communicate()
     assert process.returncode == 0, error
     assert printed.startswith("\\xb5")
+
+
+# ---------------------------------------------------------------- several cases
+
+
+@pytest.fixture(scope="module")
+def finished():
+    """One small ablation."""
+    chosen = harness.Settings(rungs=("full",), rounds=1, new_tokens=2, threads=1)
+    return harness.run_ablation(chosen, stream=lambda threads: None)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "expected"),
+    [
+        (KeyboardInterrupt(), 130, "Interrupted: only what was finished."),
+        (inputs.InputError("no such file"), 1, " has no result: no such file"),
+        (RuntimeError("out of\nmemory"), 1, " has no result: RuntimeError: out of"),
+    ],
+)
+@pytest.mark.parametrize("command", ["bench tiny:bf16 pythia-14m:fp32", "ablate --batch 1,2"])
+def test_what_is_finished_is_not_lost(
+    finished, monkeypatch, tmp_path, capsys, command, error, code, expected
+):
+    outcomes = [finished, error]
+
+    def run(*arguments, **named):
+        outcome = outcomes.pop(0)
+        if isinstance(outcome, BaseException):
+            raise outcome
+        return outcome
+
+    monkeypatch.setattr(sweep, "run_ablation", run)
+    files = ["--json", str(tmp_path / "x.json"), "--plot", str(tmp_path / "x.png")]
+    assert cli.main([*command.split(), *files]) == code
+    printed = capsys.readouterr()
+    assert expected in printed.out
+    assert ("interrupted" in printed.err) == (code == 130)
+    found = json.loads((tmp_path / "x.json").read_text())
+    assert found["interrupted"] == (code == 130) and len(found["lost"]) == (code == 1)
+    assert len(found.get("items", found.get("points"))) == 1 and not found["passed"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), inputs.InputError("x"), RuntimeError("x")])
+def test_where_nothing_is_finished_the_error_is_raised(monkeypatch, error):
+    def run(*arguments, **named):
+        raise error
+
+    monkeypatch.setattr(sweep, "run_ablation", run)
+    with pytest.raises(type(error)):
+        harness.run_bench(["tiny:bf16", "pythia-14m:fp32"])
+
+
+def test_an_attention_study_keeps_what_is_finished(monkeypatch, tmp_path):
+    settings = harness.AttentionSettings(
+        lengths=(16,), head_dims=(8,), dtypes=("fp32",), contenders=("flash",), heads=4,
+        context=16, decode_heads=4, rounds=1, threads=1,
+    )  # fmt: skip
+    real = attention_study.operands
+
+    def failing(seed, batch, heads, kv_heads, *sizes):
+        if kv_heads == 4:
+            raise RuntimeError("out of memory")
+        return real(seed, batch, heads, kv_heads, *sizes)
+
+    monkeypatch.setattr(attention_study, "operands", failing)
+    result = harness.run_attention(settings)
+    assert [point.kind for point in result.points] == ["GQA", "MQA"] and not result.passed
+    harness.write(result, tmp_path / "x.json", tmp_path / "x.md", tmp_path / "x.png")
+    text = (tmp_path / "x.md").read_text()
+    assert "- fp32 MHA decode at 16 has no result: RuntimeError: out of memory" in text
+
+
+def test_an_interrupt_during_the_read_stream_is_one():
+    from hf_fusion import native
+
+    timer = threading.Timer(0.05, signal.raise_signal, [signal.SIGINT])
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        native.read_stream_bandwidth(64 << 20, 1, repeats=1000)

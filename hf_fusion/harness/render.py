@@ -116,6 +116,7 @@ def sweep_markdown(result: SweepResult) -> str:
         for row in point.rows
         if row.failure or stock_in_part(row)
     ]
+    failures += result.ending.notes()
     settings, source = result.points[0][1].settings, result.points[0][1].source
     title = (
         f"{settings.model} ({source}), {settings.dtype}, {settings.rounds} interleaved rounds of "
@@ -165,6 +166,7 @@ def bench_markdown(result: BenchResult) -> str:
         for row in item.rows
         if row.failure or stock_in_part(row)
     ]
+    failures += result.ending.notes()
     settings, record = result.items[0].settings, result.items[0].environment
     title = (
         f"Batch {settings.batch}, prompt {settings.prompt_tokens}, {settings.new_tokens} tokens, "
