@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import hf_fusion
 from hf_fusion import FusionError, harness
 from hf_fusion.harness import contenders, info, inputs, options, render, work_options
 from hf_fusion.transform import command as graph
@@ -63,6 +64,8 @@ def build_parser() -> argparse.ArgumentParser:
         prog="hf-fusion",
         description="Fused kernels for Hugging Face models: what, how fast, how exact.",
     )
+    version = f"%(prog)s {hf_fusion.__version__}"
+    parser.add_argument("--version", action="version", version=version)
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for name, add, run, note in (
         ("info", options.add_info, _info, "library, instruction sets, back ends, families"),
@@ -72,7 +75,8 @@ def build_parser() -> argparse.ArgumentParser:
         ("graph", graph.add, graph.run, "fuse a model's graph, measure it, draw it"),
         ("attention", options.add_attention, _attention, "attention kernels: bench attention"),
     ):
-        command = commands.add_parser(name, help=note)
+        prog = f"{parser.prog} {'bench ' * (name == 'attention')}{name}"
+        command = commands.add_parser(name, help=note, prog=prog)
         add(command)
         command.set_defaults(run=run)
     return parser
@@ -89,6 +93,8 @@ def _ablate(arguments: argparse.Namespace) -> int:
     sweeping = arguments.context or len(arguments.batch) > 1
     if arguments.context and len(arguments.batch) > 1:
         raise inputs.InputError("--context and several --batch are given: expected one sweep")
+    if arguments.context and arguments.prompt is not None:
+        raise inputs.InputError("--context and --prompt are given: expected one of them")
     rungs = arguments.rungs or ((inputs.STOCK, "full") if sweeping else inputs.RUNGS)
     settings = ablation_settings(arguments, rungs)
     if arguments.context:
@@ -123,6 +129,10 @@ def _perplexity(arguments: argparse.Namespace) -> int:
 
 def _bench(arguments: argparse.Namespace) -> int:
     options.check_outputs(arguments)
+    if "attention" in arguments.cases:
+        raise inputs.InputError(
+            "'attention' is no model: expected hf-fusion bench attention, its options behind that"
+        )
     work = work_options.choose(arguments)
     if work != work_options.DECODE:
         return report(harness.run_work(work_options.work_settings(arguments, work)), arguments)
@@ -184,7 +194,7 @@ def _timing_settings(arguments: argparse.Namespace, rungs: Sequence[str]) -> har
         rungs=(*rungs, inputs.COMPILED) if arguments.compiled else tuple(rungs),
         backend=arguments.backend,
         rounds=arguments.rounds,
-        prompt_tokens=arguments.prompt,
+        prompt_tokens=32 if arguments.prompt is None else arguments.prompt,
         new_tokens=arguments.new_tokens,
         threads=arguments.threads,
         seed=arguments.seed,

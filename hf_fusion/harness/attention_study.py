@@ -31,7 +31,7 @@ from .attention_result import (
 )
 from .cases import one_by_one
 from .contenders import Contender
-from .inputs import DTYPES, InputError, at_least, dtype_name, unaccepted
+from .inputs import DTYPES, InputError, at_least, dtype_name, thread_count, unaccepted
 from .memory import fresh_process
 from .parity import LIMIT
 from .progress import Advance, progress
@@ -93,7 +93,7 @@ class AttentionSettings:
             self,
             dtypes=tuple(map(dtype_name, self.dtypes)),
             contenders=tuple(name for name in CONTENDERS if name in {SDPA, *self.contenders}),
-            threads=at_least("threads", self.threads or torch.get_num_threads(), 1),
+            threads=thread_count(self.threads),
         )
 
 

@@ -28,6 +28,10 @@ LABELS = {
 }
 
 
+MOST_THREADS = 4096
+MOST_SEED = 2**63 - 1
+
+
 class InputError(ValueError):
     """A value the caller gave that the harness does not accept; one sentence names it and what is
     accepted.
@@ -62,9 +66,12 @@ def backend_name(value: str) -> str:
     return value
 
 
-def rung_names(values: Sequence[str]) -> tuple[str, ...]:
-    """The rungs in ladder order, stock first (it is always measured), without repeats."""
-    known = RUNGS + (COMPILED,)
+def rung_names(
+    values: Sequence[str], known: Sequence[str] = (*RUNGS, COMPILED)
+) -> tuple[str, ...]:
+    """The rungs in ladder order, stock first (it is always measured), without repeats; those that
+    are not `known` are refused.
+    """
     for value in values:
         if value not in known:
             raise unaccepted("rung", value, known)
@@ -78,6 +85,18 @@ def at_least(what: str, value: int, lowest: int) -> int:
     if value < lowest:
         raise InputError(f"{what} is {value}: expected an integer of at least {lowest}")
     return value
+
+
+def between(what: str, value: int, lowest: int, highest: int) -> int:
+    """`value`, or an error when it is outside `lowest` to `highest`."""
+    if at_least(what, value, lowest) > highest:
+        raise InputError(f"{what} is {value}: expected an integer of at most {highest}")
+    return value
+
+
+def thread_count(value: int | None) -> int:
+    """`value`, None for torch's own width; an error for what is no number of threads."""
+    return torch.get_num_threads() if value is None else between("threads", value, 1, MOST_THREADS)
 
 
 def integers(text: str, what: str, lowest: int = 1) -> tuple[int, ...]:
@@ -96,6 +115,13 @@ def integers(text: str, what: str, lowest: int = 1) -> tuple[int, ...]:
 def words(text: str) -> tuple[str, ...]:
     """Comma-separated words, blanks dropped."""
     return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def some_words(text: str) -> tuple[str, ...]:
+    """The same, at least one."""
+    if not (found := words(text)):
+        raise InputError(f"the value is {text!r}: expected words separated by commas")
+    return found
 
 
 def read_text(path: str | Path) -> str:

@@ -55,6 +55,11 @@ class LoadedModel:
         return self.model.config.num_hidden_layers
 
     @property
+    def positions(self) -> int | None:
+        """Number of positions by the configuration, None where it has no such number."""
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+
+    @property
     def vocabulary(self) -> int:
         """Number of token ids the model accepts."""
         return self.model.config.vocab_size

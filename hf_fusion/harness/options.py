@@ -19,6 +19,8 @@ from . import (
 )
 
 _RUNGS = f"of {', '.join(inputs.RUNGS)}"
+_MOST = 2**31 - 1
+_SEED = {"lowest": 0, "highest": inputs.MOST_SEED}
 _SHAPES = ", ".join(models.PYTHIA_SHAPES)
 _MODEL = (
     'a hub id, a local folder, "tiny" (the shipped checkpoint) or a Pythia shape with seeded '
@@ -40,9 +42,10 @@ def add_ablate(parser: argparse.ArgumentParser) -> None:
         "Times each rung beside stock in interleaved rounds. A rung without a verdict gets no time."
     )
     _add_model(parser, "tiny", "bf16")
-    note = f"{_RUNGS}; default all, for a sweep stock,full"
-    parser.add_argument("--rungs", type=inputs.words, default=None, metavar="A,B", help=note)
+    note = f"{_RUNGS}, {inputs.COMPILED}; default all but compiled, for a sweep stock,full"
+    parser.add_argument("--rungs", type=_words, default=None, metavar="A,B", help=note)
     _add_timing(parser)
+    parser.set_defaults(prompt=None)
     note = "sequences at once; several make a batch sweep, such as 1,2,4,8,16 (default 1)"
     parser.add_argument("--batch", type=_integers, default=(1,), metavar="N,N", help=note)
     note = "a sweep over tokens already in the cache, such as 32,256,1024,1500,2048"
@@ -57,24 +60,24 @@ def add_perplexity(parser: argparse.ArgumentParser) -> None:
     parser.description = "Scores stock and rungs on the same windows, compared in pairs."
     _add_model(parser, "tiny", "fp32")
     note = f"{_RUNGS}; stock is always scored (default full)"
-    parser.add_argument("--rungs", type=inputs.words, default=("full",), metavar="A,B", help=note)
+    parser.add_argument("--rungs", type=_words, default=("full",), metavar="A,B", help=note)
     note = f"{', '.join(perplexity.PATHS)}: a window in one call, or token by token (default both)"
     paths = perplexity.PATHS
-    parser.add_argument("--path", type=inputs.words, default=paths, metavar="A,B", help=note)
+    parser.add_argument("--path", type=_words, default=paths, metavar="A,B", help=note)
     note = "a UTF-8 text file (default the shipped held-out text)"
     parser.add_argument("--text", metavar="FILE", help=note)
     note = "a name for datasets.load_dataset, in place of a file"
     parser.add_argument("--dataset", metavar="NAME", help=note)
     parser.add_argument("--dataset-config", metavar="NAME", help="such as wikitext-2-raw-v1")
-    parser.add_argument("--split", default="test", help="of the dataset (default test)")
-    parser.add_argument("--column", default="text", help="of the dataset (default text)")
+    parser.add_argument("--split", default=None, help="of the dataset (default test)")
+    parser.add_argument("--column", default=None, help="of the dataset (default text)")
     _add_count(
         parser, "--window", None, "tokens per window (default 512, or the model's length)", 2
     )
     _add_count(parser, "--stride", None, "tokens from window to window (default the window)")
     _add_count(parser, "--windows", None, "at most this many windows (default all)")
     _add_count(parser, "--batch", 1, "windows at once")
-    _add_count(parser, "--threads", None, "threads (default torch's own choice)")
+    _add_threads(parser)
     _add_outputs(parser, picture=False)
 
 
@@ -109,9 +112,9 @@ def _add_work(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ragged", action="store_true", help=note)
     rungs = contenders.WORK_RUNGS
     note = f"encode and prefill: of {', '.join(rungs)} (default all but none)"
-    parser.add_argument("--rungs", type=inputs.words, default=None, metavar="A,B", help=note)
+    parser.add_argument("--rungs", type=_words, default=None, metavar="A,B", help=note)
     note = f"encode and prefill: other engines, of {', '.join(peers.PEERS)}"
-    parser.add_argument("--peers", type=inputs.words, default=None, metavar="A,B", help=note)
+    parser.add_argument("--peers", type=_words, default=None, metavar="A,B", help=note)
     note = f"torch.set_float32_matmul_precision: {', '.join(contenders.PRECISIONS)}"
     parser.add_argument("--matmul-precision", default=None, metavar="NAME", help=note)
     note = "encode and prefill: also peak memory, each contender in a process of its own"
@@ -133,11 +136,11 @@ def add_attention(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(option, type=_integers, default=values, metavar="N,N", help=note)
     note = f"{', '.join(inputs.DTYPES)} (default {','.join(known.dtypes)})"
     parser.add_argument(
-        "--dtypes", type=inputs.words, default=known.dtypes, metavar="A,B", help=note
+        "--dtypes", type=_words, default=known.dtypes, metavar="A,B", help=note
     )
     note = f"of {', '.join(known.contenders)} (default all); sdpa is the yardstick"
     parser.add_argument(
-        "--contenders", type=inputs.words, default=known.contenders, metavar="A,B", help=note
+        "--contenders", type=_words, default=known.contenders, metavar="A,B", help=note
     )
     _add_count(parser, "--heads", known.heads, "query and key heads of the lengths")
     _add_count(parser, "--batch", known.batch, "sequences")
@@ -151,8 +154,8 @@ def add_attention(parser: argparse.ArgumentParser) -> None:
     note = "time block sizes of the tiled and flash kernels in place of the study"
     parser.add_argument("--tune", action="store_true", help=note)
     _add_count(parser, "--rounds", known.rounds, "rounds after the one that warms up")
-    _add_count(parser, "--threads", None, "threads (default torch's own choice)")
-    _add_count(parser, "--seed", known.seed, "of the operands", 0)
+    _add_threads(parser)
+    _add_count(parser, "--seed", known.seed, "of the operands", **_SEED)
     _add_outputs(parser, picture=True)
 
 
@@ -182,16 +185,16 @@ def _add_model(parser: argparse.ArgumentParser, model: str, dtype: str) -> None:
 
 
 def _add_backend_and_seed(parser: argparse.ArgumentParser) -> None:
-    note = "back end of the rungs: auto, cpu or reference (default auto)"
+    note = f"back end of the rungs: {', '.join(inputs.BACKENDS)} (default auto)"
     parser.add_argument("--backend", default="auto", help=note)
-    _add_count(parser, "--seed", 0, "of random weights and prompts", 0)
+    _add_count(parser, "--seed", 0, "of random weights and prompts", **_SEED)
 
 
 def _add_timing(parser: argparse.ArgumentParser) -> None:
     _add_count(parser, "--prompt", 32, "prompt tokens")
     _add_count(parser, "--new-tokens", 64, "tokens generated per round", 2)
     _add_count(parser, "--rounds", 7, "rounds after the one that warms up")
-    _add_count(parser, "--threads", None, "threads (default torch's own choice)")
+    _add_threads(parser)
     note = (
         "generate: time between streamed tokens (default); forward: calls of the model alone; own, "
         "custom: rungs in hf_fusion.generate or by hf_fusion.custom_generate, stock in generate()"
@@ -212,16 +215,27 @@ def _add_outputs(parser: argparse.ArgumentParser, picture: bool) -> None:
         parser.add_argument("--plot", metavar="FILE", help=", ".join(plots.PICTURES))
 
 
+def _add_threads(parser: argparse.ArgumentParser) -> None:
+    note = "threads (default torch's own choice)"
+    _add_count(parser, "--threads", None, note, highest=inputs.MOST_THREADS)
+
+
 def _add_count(
-    parser: argparse.ArgumentParser, option: str, default: int | None, note: str, lowest: int = 1
+    parser: argparse.ArgumentParser,
+    option: str,
+    default: int | None,
+    note: str,
+    lowest: int = 1,
+    highest: int = _MOST,
 ) -> None:
-    """One integer of at least `lowest`."""
+    """One integer from `lowest` to `highest`."""
 
     def parse(text: str) -> int:
-        values = inputs.integers(text, "the value", lowest)
-        if len(values) != 1:
-            raise inputs.InputError(f"the value is {text!r}: expected one integer")
-        return values[0]
+        try:
+            value = int(text)
+        except ValueError:
+            raise inputs.InputError(f"the value is {text!r}: expected one integer") from None
+        return inputs.between("the value", value, lowest, highest)
 
     if default is not None:
         note += f" (default {default})"
@@ -241,3 +255,4 @@ def _told(parse: Callable[[str], Any]) -> Callable[[str], Any]:
 
 
 _integers = _told(lambda text: inputs.integers(text, "the value"))
+_words = _told(inputs.some_words)

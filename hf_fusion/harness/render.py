@@ -74,7 +74,7 @@ def ablation_markdown(result: AblationResult) -> str:
     lines = [
         f"{settings.model} ({result.source}), {settings.dtype}, batch {settings.batch}, prompt "
         f"{settings.prompt_tokens}, {settings.new_tokens} tokens, {_chosen(settings)}, "
-        f"{settings.rounds} interleaved rounds.",
+        f"loop {settings.loop}, {settings.rounds} interleaved rounds.",
         "",
         table(header, [_ablation_row(row, memory) for row in result.rows]),
         "",
@@ -116,11 +116,14 @@ def sweep_markdown(result: SweepResult) -> str:
         for row in point.rows
         if row.failure or stock_in_part(row)
     ]
+    failures += [
+        f"- {result.kind} {value}: {point.beyond}" for value, point in result.points if point.beyond
+    ]
     failures += result.ending.notes()
     settings, source = result.points[0][1].settings, result.points[0][1].source
     title = (
-        f"{settings.model} ({source}), {settings.dtype}, {settings.rounds} interleaved rounds of "
-        f"{settings.new_tokens} tokens."
+        f"{settings.model} ({source}), {settings.dtype}, loop {settings.loop}, {settings.rounds} "
+        f"interleaved rounds of {settings.new_tokens} tokens."
     )
     record = result.points[0][1].environment
     return "\n".join(
@@ -166,12 +169,13 @@ def bench_markdown(result: BenchResult) -> str:
         for row in item.rows
         if row.failure or stock_in_part(row)
     ]
+    failures += [f"- {item.settings.model}: {item.beyond}" for item in result.items if item.beyond]
     failures += result.ending.notes()
     settings, record = result.items[0].settings, result.items[0].environment
     title = (
         f"Batch {settings.batch}, prompt {settings.prompt_tokens}, {settings.new_tokens} tokens, "
-        f"{_chosen(settings)}, {settings.rounds} interleaved rounds, weights by seed "
-        f"{settings.seed}."
+        f"{_chosen(settings)}, loop {settings.loop}, {settings.rounds} interleaved rounds, weights "
+        f"by seed {settings.seed}."
     )
     return "\n".join(
         [title, "", table(header, body), "", *failures, describe(record), command_line(record)]
@@ -217,6 +221,8 @@ def perplexity_markdown(result: PerplexityResult) -> str:
             ]
         )
     failures = [f"- {row.label}, {row.path}: {row.failure}" for row in result.rows if row.failure]
+    if result.positions and result.window > result.positions:
+        failures.append(f"The window exceeds the model's {result.positions} positions.")
     title = (
         f"{result.model} ({result.source}), {result.dtype}, {result.corpus}: {result.windows} "
         "windows of "
@@ -274,6 +280,8 @@ def _notes(result: AblationResult) -> list[str]:
     notes.append(
         f"Ladder: {result.ladder}. Bytes per step {result.bytes_per_step / 1e6:.1f} MB; {floor}."
     )
+    if result.beyond:
+        notes.append(f"{result.beyond[0].upper()}{result.beyond[1:]}.")
     if any((row.stream_share or 0) > 1 for row in result.rows):
         notes.append("A share above 1: the weights stay in the CPU's caches from step to step.")
     if result.wrapper_us:

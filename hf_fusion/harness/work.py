@@ -31,7 +31,15 @@ from .contenders import (
     work_rungs,
 )
 from .encoders import DECODER, IMAGE, TEXT, kind_of, load_any
-from .inputs import DTYPES, STOCK, InputError, at_least, backend_name, unaccepted
+from .inputs import (
+    DTYPES,
+    STOCK,
+    InputError,
+    at_least,
+    backend_name,
+    thread_count,
+    unaccepted,
+)
 from .memory import fresh_process
 from .models import LoadedModel
 from .parity import Parity, raised
@@ -92,7 +100,7 @@ class WorkSettings:
             self,
             rungs=work_rungs(self.rungs),
             peers=peers.peer_names(self.peers),
-            threads=at_least("threads", self.threads or torch.get_num_threads(), 1),
+            threads=thread_count(self.threads),
         )
 
 
