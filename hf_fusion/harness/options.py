@@ -71,13 +71,13 @@ def add_perplexity(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dataset-config", metavar="NAME", help="such as wikitext-2-raw-v1")
     parser.add_argument("--split", default=None, help="of the dataset (default test)")
     parser.add_argument("--column", default=None, help="of the dataset (default text)")
-    _add_count(
+    add_count(
         parser, "--window", None, "tokens per window (default 512, or the model's length)", 2
     )
-    _add_count(parser, "--stride", None, "tokens from window to window (default the window)")
-    _add_count(parser, "--windows", None, "at most this many windows (default all)")
-    _add_count(parser, "--batch", 1, "windows at once")
-    _add_threads(parser)
+    add_count(parser, "--stride", None, "tokens from window to window (default the window)")
+    add_count(parser, "--windows", None, "at most this many windows (default all)")
+    add_count(parser, "--batch", 1, "windows at once")
+    add_threads(parser)
     _add_outputs(parser, picture=False)
 
 
@@ -142,20 +142,20 @@ def add_attention(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--contenders", type=_words, default=known.contenders, metavar="A,B", help=note
     )
-    _add_count(parser, "--heads", known.heads, "query and key heads of the lengths")
-    _add_count(parser, "--batch", known.batch, "sequences")
+    add_count(parser, "--heads", known.heads, "query and key heads of the lengths")
+    add_count(parser, "--batch", known.batch, "sequences")
     parser.add_argument("--causal", action="store_true", help="each query sees its past only")
-    _add_count(parser, "--context", known.context, "tokens of a decode step's cache, 0 for none", 0)
-    _add_count(parser, "--decode-heads", known.decode_heads, "query heads of a decode step")
+    add_count(parser, "--context", known.context, "tokens of a decode step's cache, 0 for none", 0)
+    add_count(parser, "--decode-heads", known.decode_heads, "query heads of a decode step")
     note = "MiB beside its operands that a contender may need, else it is left out"
-    _add_count(parser, "--most-memory", known.most_bytes >> 20, note)
+    add_count(parser, "--most-memory", known.most_bytes >> 20, note)
     note = "also measure peak memory, each contender in a process of its own"
     parser.add_argument("--memory", action="store_true", help=note)
     note = "time block sizes of the tiled and flash kernels in place of the study"
     parser.add_argument("--tune", action="store_true", help=note)
-    _add_count(parser, "--rounds", known.rounds, "rounds after the one that warms up")
-    _add_threads(parser)
-    _add_count(parser, "--seed", known.seed, "of the operands", **_SEED)
+    add_count(parser, "--rounds", known.rounds, "rounds after the one that warms up")
+    add_threads(parser)
+    add_count(parser, "--seed", known.seed, "of the operands", **_SEED)
     _add_outputs(parser, picture=True)
 
 
@@ -180,21 +180,21 @@ def check_outputs(arguments: argparse.Namespace) -> None:
 def _add_model(parser: argparse.ArgumentParser, model: str, dtype: str) -> None:
     parser.add_argument("--model", default=model, help=f"{_MODEL} (default {model})")
     note = f"{', '.join(inputs.DTYPES)} (default {dtype})"
-    parser.add_argument("--dtype", type=_told(inputs.dtype_name), default=dtype, help=note)
+    parser.add_argument("--dtype", type=told(inputs.dtype_name), default=dtype, help=note)
     _add_backend_and_seed(parser)
 
 
 def _add_backend_and_seed(parser: argparse.ArgumentParser) -> None:
     note = f"back end of the rungs: {', '.join(inputs.BACKENDS)} (default auto)"
     parser.add_argument("--backend", default="auto", help=note)
-    _add_count(parser, "--seed", 0, "of random weights and prompts", **_SEED)
+    add_count(parser, "--seed", 0, "of random weights and prompts", **_SEED)
 
 
 def _add_timing(parser: argparse.ArgumentParser) -> None:
-    _add_count(parser, "--prompt", 32, "prompt tokens")
-    _add_count(parser, "--new-tokens", 64, "tokens generated per round", 2)
-    _add_count(parser, "--rounds", 7, "rounds after the one that warms up")
-    _add_threads(parser)
+    add_count(parser, "--prompt", 32, "prompt tokens")
+    add_count(parser, "--new-tokens", 64, "tokens generated per round", 2)
+    add_count(parser, "--rounds", 7, "rounds after the one that warms up")
+    add_threads(parser)
     note = (
         "generate: time between streamed tokens (default); forward: calls of the model alone; own, "
         "custom: rungs in hf_fusion.generate or by hf_fusion.custom_generate, stock in generate()"
@@ -215,12 +215,13 @@ def _add_outputs(parser: argparse.ArgumentParser, picture: bool) -> None:
         parser.add_argument("--plot", metavar="FILE", help=", ".join(plots.PICTURES))
 
 
-def _add_threads(parser: argparse.ArgumentParser) -> None:
+def add_threads(parser: argparse.ArgumentParser) -> None:
+    """The option --threads."""
     note = "threads (default torch's own choice)"
-    _add_count(parser, "--threads", None, note, highest=inputs.MOST_THREADS)
+    add_count(parser, "--threads", None, note, highest=inputs.MOST_THREADS)
 
 
-def _add_count(
+def add_count(
     parser: argparse.ArgumentParser,
     option: str,
     default: int | None,
@@ -239,10 +240,10 @@ def _add_count(
 
     if default is not None:
         note += f" (default {default})"
-    parser.add_argument(option, type=_told(parse), default=default, metavar="N", help=note)
+    parser.add_argument(option, type=told(parse), default=default, metavar="N", help=note)
 
 
-def _told(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+def told(parse: Callable[[str], Any]) -> Callable[[str], Any]:
     """`parse` with its own message in the error; argparse would replace a ValueError's."""
 
     def told(text: str) -> Any:
@@ -254,5 +255,5 @@ def _told(parse: Callable[[str], Any]) -> Callable[[str], Any]:
     return told
 
 
-_integers = _told(lambda text: inputs.integers(text, "the value"))
-_words = _told(inputs.some_words)
+_integers = told(lambda text: inputs.integers(text, "the value"))
+_words = told(inputs.some_words)
