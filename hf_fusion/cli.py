@@ -33,11 +33,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def dispatch(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> int:
     """Parses and runs what the parser's `run` default says, refusals as one line on stderr."""
-    _quiet_libraries()
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         try:
+            _quiet_libraries()
             arguments = parser.parse_args(argv)
             return arguments.run(arguments)
         finally:
@@ -204,9 +204,12 @@ def _timing_settings(arguments: argparse.Namespace, rungs: Sequence[str]) -> har
 
 
 def _drop_stdout() -> None:
-    """Nothing more is written to stdout, not even at exit what is left of it."""
+    """Where stdout takes nothing, what is left for it is not tried again at exit."""
     with contextlib.suppress(AttributeError, OSError, ValueError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        try:
+            sys.stdout.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _quiet_libraries() -> None:
