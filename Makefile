@@ -25,6 +25,10 @@ AARCH64_ROWS := host,exact,activations,parity,edge,determinism,panels,steps,allo
 # What is never imported need not be compiled to bytecode.
 export PIP_NO_COMPILE ?= 1
 
+# make splits names at spaces.
+$(if $(filter-out 1,$(words $(CURDIR)) $(words $(VENV))),$(error \
+  '$(CURDIR)' or VENV, '$(VENV)', has a space in it or is empty: expected paths without))
+
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:

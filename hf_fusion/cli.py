@@ -1,21 +1,25 @@
-"""The command `hf-fusion`: info, ablate, perplexity, bench, attention and graph, thin over the packages.
+"""The command `hf-fusion`: info, ablate, perplexity, bench, attention, graph; thin over packages.
 
 Exit codes: 0, every number has its verdict; 1, one has not; 2, a value is not accepted (one line
-says which).
+says which); 130, interrupted; 141, nobody reads stdout.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
+import os
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import hf_fusion
 from hf_fusion import FusionError, harness
-from hf_fusion.harness import contenders, info, inputs, options, work_options
+from hf_fusion.harness import contenders, info, inputs, options, render, work_options
 from hf_fusion.transform import command as graph
 
 
@@ -29,16 +33,29 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def dispatch(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> int:
     """Parses and runs what the parser's `run` default says, refusals as one line on stderr."""
-    _quiet_libraries()
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        arguments = parser.parse_args(argv)
-        return arguments.run(arguments)
+        try:
+            _quiet_libraries()
+            arguments = parser.parse_args(argv)
+            return arguments.run(arguments)
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()
     except (inputs.InputError, FusionError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"{parser.prog}: interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # nobody reads on
+        _drop_stdout()
+        return 128 + signal.SIGPIPE
+    except OSError as error:
+        _drop_stdout()
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 2
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -47,6 +64,8 @@ def build_parser() -> argparse.ArgumentParser:
         prog="hf-fusion",
         description="Fused kernels for Hugging Face models: what, how fast, how exact.",
     )
+    version = f"%(prog)s {hf_fusion.__version__}"
+    parser.add_argument("--version", action="version", version=version)
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for name, add, run, note in (
         ("info", options.add_info, _info, "library, instruction sets, back ends, families"),
@@ -56,7 +75,8 @@ def build_parser() -> argparse.ArgumentParser:
         ("graph", graph.add, graph.run, "fuse a model's graph, measure it, draw it"),
         ("attention", options.add_attention, _attention, "attention kernels: bench attention"),
     ):
-        command = commands.add_parser(name, help=note)
+        prog = f"{parser.prog} {'bench ' * (name == 'attention')}{name}"
+        command = commands.add_parser(name, help=note, prog=prog)
         add(command)
         command.set_defaults(run=run)
     return parser
@@ -73,6 +93,8 @@ def _ablate(arguments: argparse.Namespace) -> int:
     sweeping = arguments.context or len(arguments.batch) > 1
     if arguments.context and len(arguments.batch) > 1:
         raise inputs.InputError("--context and several --batch are given: expected one sweep")
+    if arguments.context and arguments.prompt is not None:
+        raise inputs.InputError("--context and --prompt are given: expected one of them")
     rungs = arguments.rungs or ((inputs.STOCK, "full") if sweeping else inputs.RUNGS)
     settings = ablation_settings(arguments, rungs)
     if arguments.context:
@@ -107,6 +129,10 @@ def _perplexity(arguments: argparse.Namespace) -> int:
 
 def _bench(arguments: argparse.Namespace) -> int:
     options.check_outputs(arguments)
+    if "attention" in arguments.cases:
+        raise inputs.InputError(
+            "'attention' is no model: expected hf-fusion bench attention, its options behind that"
+        )
     work = work_options.choose(arguments)
     if work != work_options.DECODE:
         return report(harness.run_work(work_options.work_settings(arguments, work)), arguments)
@@ -152,11 +178,14 @@ def ablation_settings(arguments: argparse.Namespace, rungs: Sequence[str]) -> ha
 
 
 def report(result: Any, arguments: argparse.Namespace) -> int:
-    """Prints and writes a result; 1 when something in it has no verdict."""
-    to_stdout = arguments.json == "-"
-    print(json.dumps(result.to_dict(), indent=2) if to_stdout else result.markdown())
-    picture = getattr(arguments, "plot", None)
-    harness.write(result, None if to_stdout else arguments.json, arguments.markdown, picture)
+    """Writes a result, then prints it; 1 when something in it has no verdict."""
+    files = [None if path == "-" else path for path in (arguments.json, arguments.markdown)]
+    try:
+        harness.write(result, *files, getattr(arguments, "plot", None))
+    finally:
+        print(render.as_json(result) if arguments.json == "-" else result.markdown())
+    if getattr(result, "ending", None) and result.ending.interrupted:
+        raise KeyboardInterrupt
     return 0 if result.passed else 1
 
 
@@ -165,13 +194,22 @@ def _timing_settings(arguments: argparse.Namespace, rungs: Sequence[str]) -> har
         rungs=(*rungs, inputs.COMPILED) if arguments.compiled else tuple(rungs),
         backend=arguments.backend,
         rounds=arguments.rounds,
-        prompt_tokens=arguments.prompt,
+        prompt_tokens=32 if arguments.prompt is None else arguments.prompt,
         new_tokens=arguments.new_tokens,
         threads=arguments.threads,
         seed=arguments.seed,
         loop=arguments.loop,
         sample=arguments.sample,
     )
+
+
+def _drop_stdout() -> None:
+    """Where stdout takes nothing, what is left for it is not tried again at exit."""
+    with contextlib.suppress(AttributeError, OSError, ValueError):
+        try:
+            sys.stdout.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _quiet_libraries() -> None:

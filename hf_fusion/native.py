@@ -198,9 +198,13 @@ def read_stream_bandwidth(size: int = 512 << 20, threads: int = 1, repeats: int 
     with mmap.mmap(-1, size) as memory:
         if hasattr(mmap, "MADV_HUGEPAGE"):
             memory.madvise(mmap.MADV_HUGEPAGE)
-        view = (ctypes.c_char * size).from_buffer(memory)
-        address = ctypes.addressof(view)
-        ctypes.memset(address, 1, size)
-        seconds = sorted(library.hff_read_stream(address, size, threads) for _ in range(repeats))
-        del view
+        try:
+            view = (ctypes.c_char * size).from_buffer(memory)
+            address = ctypes.addressof(view)
+            ctypes.memset(address, 1, size)
+            seconds = sorted(
+                library.hff_read_stream(address, size, threads) for _ in range(repeats)
+            )
+        finally:
+            view = None  # memory that something points into does not close
     return size / seconds[repeats // 2]

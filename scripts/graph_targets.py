@@ -19,7 +19,8 @@ import torch
 import transformers as t
 from torch import nn
 
-from hf_fusion.harness import encoders, inputs
+from hf_fusion import cli
+from hf_fusion.harness import encoders, inputs, options
 from hf_fusion.transform import FusedModel, fuse
 from hf_fusion.transform.measure import compare, implementation
 from hf_fusion.transform.report import markdown
@@ -128,7 +129,7 @@ def block(arguments: argparse.Namespace, missed: list[str]) -> None:
 
 def vit(arguments: argparse.Namespace, missed: list[str]) -> None:
     """ViT-B/16 whole, by every back end, beside torch.compile in the same rounds."""
-    dtype = inputs.dtype_name(arguments.dtype)
+    dtype = arguments.dtype
     loaded, _ = encoders.load_any(arguments.model, dtype, 0)
     x = torch.randn(1, 3, 224, 224).to(next(loaded.model.parameters()).dtype)
     native = fuse(loaded.model, backends=NATIVE)
@@ -206,22 +207,28 @@ def _errors(model: nn.Module, fused: FusedModel, source: str) -> float | str:
         return str(error)
 
 
-def main() -> int:
+PARTS = {"block": block, "vit": vit, "families": families}
+
+
+def run(arguments: argparse.Namespace) -> int:
     """Runs one part."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("part", choices=("block", "vit", "families"))
+    torch.set_num_threads(arguments.threads or torch.get_num_threads())
+    missed: list[str] = []
+    PARTS[arguments.part](arguments, missed)
+    return 1 if missed else 0
+
+
+def main() -> int:
+    """Parses the command line and runs the part that it names."""
+    parser = options.Parser(prog="graph_targets.py", description=__doc__.splitlines()[0])
+    parser.add_argument("part", choices=tuple(PARTS))
     parser.add_argument("--model", default="vit-b16", choices=("vit-b16", "vit-l16"))
     parser.add_argument("--family", default=None, choices=tuple(FAMILIES), help="this one only")
-    parser.add_argument("--dtype", default="fp32")
-    parser.add_argument("--rounds", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=None)
-    arguments = parser.parse_args()
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
-    t.logging.set_verbosity_error()
-    missed: list[str] = []
-    {"block": block, "vit": vit, "families": families}[arguments.part](arguments, missed)
-    return 1 if missed else 0
+    parser.add_argument("--dtype", type=options.told(inputs.dtype_name), default="fp32")
+    options.add_count(parser, "--rounds", 0, "rounds of the clock", 0)
+    options.add_threads(parser)
+    parser.set_defaults(run=run)
+    return cli.dispatch(parser)
 
 
 if __name__ == "__main__":

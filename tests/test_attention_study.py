@@ -11,6 +11,7 @@ from hf_fusion import cli, harness
 from hf_fusion.harness import attention_study, attention_tune
 from hf_fusion.harness.attention_memory import child
 from hf_fusion.harness.inputs import InputError
+from hf_fusion.harness.memory import fresh_process
 
 SMALL = harness.AttentionSettings(
     lengths=(16, 40), head_dims=(8,), dtypes=("fp32", "bf16"), heads=2, context=33, decode_heads=4,
@@ -81,16 +82,14 @@ def test_what_needs_too_much_memory_is_left_out_with_its_reason():
 @pytest.mark.skipif(
     not os.access("/proc/self/clear_refs", os.W_OK), reason="the system keeps the peak of a process"
 )
-def test_memory_is_of_the_call_alone(monkeypatch, capsys):
+def test_memory_is_of_the_call_alone():
     request = {
         "contender": "naive", "shape": [0, 1, 4, 4], "tokens": [1024, 1024], "head_dim": 8,
         "dtype": "fp32", "causal": False, "threads": 1,
     }  # fmt: skip
     grew = {}
     for name in ("naive", "flash"):
-        monkeypatch.setattr("sys.argv", ["x", json.dumps({**request, "contender": name})])
-        child()
-        found = json.loads(capsys.readouterr().out)
+        found = fresh_process(child.__module__, {**request, "contender": name}, name)
         grew[name] = found["peak"] - found["loaded"]
     assert grew["naive"] >= 0.9 * 4 * 1024 * 1024 * 4 > 8 * grew["flash"]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from importlib.util import find_spec
 
@@ -338,6 +339,41 @@ def test_bad_input_is_one_line_and_exit_code_2(line, expected, capsys):
     assert cli.main(["bench", *line.split()]) == 2
     error = capsys.readouterr().err
     assert expected in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["ablate --model {}", "perplexity --model {}"])
+@pytest.mark.parametrize("kind", ["text", "image"])
+def test_an_encoder_names_its_command(folders, capsys, command, kind):
+    assert cli.main(command.format(folders[kind]).split()) == 2
+    error = capsys.readouterr().err
+    assert f"is an encoder of {kind}s" in error and f"hf-fusion bench {folders[kind]}:" in error
+
+
+@pytest.mark.parametrize(
+    ("damage", "expected"),
+    [
+        (lambda folder: _shorten(folder / "model.safetensors"), "SafetensorError"),
+        (lambda folder: _widen(folder / "config.json"), "do not have the sizes"),
+        (lambda folder: (folder / "config.json").write_text("{"), "not a valid JSON file"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["text", "decoder"])
+def test_a_damaged_checkpoint_is_one_line(folders, tmp_path, capsys, kind, damage, expected):
+    folder = tmp_path / "damaged"
+    shutil.copytree(folders[kind], folder)
+    damage(folder)
+    assert cli.main(["bench", f"{folder}:fp32", "--rounds", "1"]) == 2
+    error = capsys.readouterr().err
+    assert expected in error and error.count("\n") == 1 and "cannot be loaded" in error
+
+
+def _shorten(file):
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def _widen(file):
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps({**config, "vocab_size": 2 * config["vocab_size"]}))
 
 
 def test_a_length_beyond_the_positions_is_refused(folders):

@@ -386,6 +386,6 @@ def test_bad_input_is_one_line_and_exit_code_2(line, expected, capsys):
 def test_bad_text_files(tmp_path):
     (tmp_path / "empty").write_text(" \n")
     (tmp_path / "latin").write_bytes(b"caf\xe9")
-    for name, message in (("empty", "is empty"), ("latin", "not UTF-8 .byte 3"), ("", "not there")):
+    for name, message in (("empty", "is empty"), ("latin", "not UTF-8 .byte 3"), ("", "a folder")):
         with pytest.raises(inputs.InputError, match=message):
             inputs.read_text(tmp_path / name)

@@ -22,6 +22,7 @@ from .inputs import (
     dtype_name,
     label,
     rung_names,
+    thread_count,
 )
 from .memory import peak_memory
 from .models import LoadedModel, bytes_per_step, load_model, prompts
@@ -53,22 +54,15 @@ class Settings:
 
     def checked(self) -> Settings:
         """The same with normal names; InputError for what is not accepted."""
-        import torch
-
         backend_name(self.backend)
         at_least("rounds", self.rounds, 1)
         at_least("prompt length", self.prompt_tokens, 1)
         at_least("new tokens", self.new_tokens, 2)
         at_least("batch", self.batch, 1)
-        threads = (
-            torch.get_num_threads()
-            if self.threads is None
-            else at_least("threads", self.threads, 1)
-        )
         changes = {
             "dtype": dtype_name(self.dtype),
             "rungs": rung_names(self.rungs),
-            "threads": threads,
+            "threads": thread_count(self.threads),
         }
         return Settings(**{**asdict(self), **changes})
 
@@ -130,6 +124,7 @@ class AblationResult:
     stream_gbs: Spread | None
     wrapper_us: Spread | None
     environment: dict[str, Any]
+    positions: int | None = None
 
     def row(self, name: str) -> Row | None:
         """The row of a rung, None when it was not asked for."""
@@ -152,6 +147,14 @@ class AblationResult:
         return "monotone within the spread" if inside else "monotone"
 
     @property
+    def beyond(self) -> str | None:
+        """Says where the tokens leave the positions that the model was made for."""
+        needed = self.settings.prompt_tokens + self.settings.new_tokens
+        if not self.positions or needed <= self.positions:
+            return None
+        return f"prompt and new tokens, {needed}, exceed the model's {self.positions} positions"
+
+    @property
     def stream_floor_ms(self) -> float | None:
         """Milliseconds the measured read stream needs for the bytes of one step."""
         return self.bytes_per_step / self.stream_gbs.median / 1e6 if self.stream_gbs else None
@@ -167,6 +170,7 @@ class AblationResult:
             "kind": "ablation",
             "settings": asdict(self.settings),
             "source": self.source,
+            "positions": self.positions,
             "bytes_per_step": self.bytes_per_step,
             "stream_gbs": self.stream_gbs and self.stream_gbs.to_dict(),
             "stream_floor_ms": self.stream_floor_ms,
@@ -227,6 +231,7 @@ def run_ablation(
         Spread.of(recording.stream).scaled(1e-9) if recording.stream else None,
         _wrapper_cost(recording, loaded),
         machine.environment(settings.threads),
+        loaded.positions,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from .cases import Ending
 from .timing import Spread
 
 if TYPE_CHECKING:
@@ -91,17 +92,21 @@ class AttentionResult:
     settings: AttentionSettings
     points: list[AttentionPoint]
     environment: dict[str, Any]
+    ending: Ending = field(default_factory=Ending)
 
     @property
     def passed(self) -> bool:
-        """Whether every row that was run has its verdict."""
-        return all(row.failure is None for point in self.points for row in point.rows)
+        """Whether every point was measured and every row that was run has its verdict."""
+        return self.ending.complete and all(
+            row.failure is None for point in self.points for row in point.rows
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, for JSON."""
         return {
             "kind": "attention",
             "passed": self.passed,
+            **self.ending.to_dict(),
             "settings": asdict(self.settings),
             "points": [point.to_dict() for point in self.points],
             "environment": self.environment,

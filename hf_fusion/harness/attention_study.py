@@ -11,12 +11,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from hf_fusion import attend as kernels
+from hf_fusion import native
 
 from . import machine
 from .attention_result import (
@@ -27,8 +29,9 @@ from .attention_result import (
     AttentionResult,
     AttentionRow,
 )
+from .cases import one_by_one
 from .contenders import Contender
-from .inputs import DTYPES, InputError, at_least, dtype_name, unaccepted
+from .inputs import DTYPES, InputError, at_least, dtype_name, thread_count, unaccepted
 from .memory import fresh_process
 from .parity import LIMIT
 from .progress import Advance, progress
@@ -76,6 +79,11 @@ class AttentionSettings:
                 raise InputError(f"no {what}: expected integers such as 64,128")
             for value in values:
                 at_least(what, value, 1)
+        for size in self.head_dims:
+            if size > native.MAX_HEAD_DIM:
+                raise InputError(f"head size is {size}: expected at most {native.MAX_HEAD_DIM}")
+        if not self.dtypes:
+            raise InputError(f"no dtype: expected some of {', '.join(DTYPES)}")
         at_least("context", self.context, 0)
         if self.decode_heads % GROUPS["GQA"]:
             raise InputError(
@@ -85,21 +93,25 @@ class AttentionSettings:
             self,
             dtypes=tuple(map(dtype_name, self.dtypes)),
             contenders=tuple(name for name in CONTENDERS if name in {SDPA, *self.contenders}),
-            threads=at_least("threads", self.threads or torch.get_num_threads(), 1),
+            threads=thread_count(self.threads),
         )
 
 
 def run_attention(settings: AttentionSettings) -> AttentionResult:
     """Measures every point of `settings`."""
-    settings, points = settings.checked(), []
-    with torch_threads(settings.threads), torch.no_grad():
+    settings = settings.checked()
+    first = settings.head_dims[0]
+    with one_by_one() as found, torch_threads(settings.threads), torch.no_grad():
         kernels.share_threads()
         for dtype in settings.dtypes:
-            for head_dim in settings.head_dims:
-                points += [prefill(settings, dtype, head_dim, n) for n in settings.lengths]
-            if settings.context:
-                points += [decode(settings, dtype, settings.head_dims[0], kind) for kind in GROUPS]
-    return AttentionResult(settings, points, machine.environment(settings.threads))
+            for head_dim, length in product(settings.head_dims, settings.lengths):
+                with found.one(f"{dtype} head size {head_dim}, {length} tokens"):
+                    found.results.append(prefill(settings, dtype, head_dim, length))
+            for kind in GROUPS if settings.context else ():
+                with found.one(f"{dtype} {kind} decode at {settings.context}"):
+                    found.results.append(decode(settings, dtype, first, kind))
+    record = machine.environment(settings.threads)
+    return AttentionResult(settings, found.results, record, found.ending)
 
 
 def operands(

@@ -5,7 +5,7 @@ one that the table chooses.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import product
 from typing import Any
@@ -16,6 +16,7 @@ from hf_fusion import attend as kernels
 
 from . import machine
 from .attention_study import AttentionSettings, Operands, operands
+from .cases import Ending, one_by_one
 from .contenders import Contender
 from .progress import progress
 from .timing import interleave, torch_threads
@@ -61,8 +62,12 @@ class TuneResult:
     rows: list[TuneRow]
     environment: dict[str, Any]
     tolerance: float = TOLERANCE
-    passed: bool = True
-    """A row that does not hold is a finding, not a failure."""
+    ending: Ending = field(default_factory=Ending)
+
+    @property
+    def passed(self) -> bool:
+        """Whether every row was measured; one that does not hold is a finding, not a failure."""
+        return self.ending.complete
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, for JSON."""
@@ -70,6 +75,7 @@ class TuneResult:
         return {
             "kind": "attention blocks",
             "passed": self.passed,
+            **self.ending.to_dict(),
             "tolerance": self.tolerance,
             "settings": asdict(self.settings),
             "rows": rows,
@@ -91,15 +97,15 @@ def run_tune(
     """Times every pair of `queries` and `keys` at every point of `settings`."""
     settings = replace(settings, contenders=()).checked()
     candidates = list(product(queries, keys))
-    with torch_threads(settings.threads), torch.no_grad():
+    points = product(TUNED, settings.dtypes, settings.head_dims, settings.lengths)
+    with one_by_one() as found, torch_threads(settings.threads), torch.no_grad():
         kernels.share_threads()
-        rows = [
-            _tune(settings, kernel, dtype, dim, tokens, candidates)
-            for kernel, dtype, dim, tokens in product(
-                TUNED, settings.dtypes, settings.head_dims, settings.lengths
-            )
-        ]
-    return TuneResult(settings, rows, machine.environment(settings.threads))
+        for kernel, dtype, dim, tokens in points:
+            with found.one(f"{kernel} {dtype} head size {dim}, {tokens} tokens"):
+                row = _tune(settings, kernel, dtype, dim, tokens, candidates)
+                found.results.append(row)
+    record = machine.environment(settings.threads)
+    return TuneResult(settings, found.results, record, ending=found.ending)
 
 
 def _tune(

@@ -42,6 +42,7 @@ def attention_markdown(result: AttentionResult) -> str:
             "",
         ]
     lines += _notes(result.points)
+    lines += result.ending.notes()
     lines += [
         "Error: largest absolute one on sampled queries against fp64; allowed: twice that of torch "
         "SDPA and two steps of the dtype. Memory: planned beside the operands, and, where it was "
@@ -88,14 +89,16 @@ def _decode(points: Sequence[AttentionPoint]) -> str:
     ]  # fmt: skip
     body = []
     for point in points:
-        full = next(p for p in points if p.kind == "MHA" and p.dtype == point.dtype)
+        whole = (p for p in points if p.kind == "MHA" and p.dtype == point.dtype)
+        full = next(whole, None)
         for row in point.rows:
-            other = full.row(row.name)
+            other = full and full.row(row.name)
             faster = other.ms.median / row.ms.median if row.ms and other and other.ms else None
             body.append([
                 point.dtype, f"{point.kind} {point.heads}/{point.kv_heads}", row.label, _time(row),
                 figure(faster, "{:.2f}"), figure(point.ratio(row.name, "sdpa"), "{:.2f}"),
-                _mebibytes(point.cache_bytes), f"{full.cache_bytes / point.cache_bytes:g}",
+                _mebibytes(point.cache_bytes),
+                figure(full and full.cache_bytes / point.cache_bytes, "{:g}"),
                 _error(row), _verdict(row),
             ])  # fmt: skip
     return table(header, body)
@@ -135,8 +138,8 @@ def _notes(points: Sequence[AttentionPoint]) -> list[str]:
 def draw_attention(target: Any, result: AttentionResult) -> None:
     """Log-log lines of time over length per dtype and head size, with a slope of 2 beside them."""
     groups = sweeps(result)
-    columns = min(len(groups), 2)
-    rows = -(-len(groups) // columns)
+    columns = 2 if len(groups) > 1 else 1
+    rows = max(-(-len(groups) // columns), 1)
     target.set_size_inches(7 * columns, 4.6 * rows)
     for number, points in enumerate(groups):
         axes = target.add_subplot(rows, columns, number + 1)
@@ -181,6 +184,7 @@ def tune_markdown(result: TuneResult) -> str:
         "",
         table(header, body),
         "",
+        *result.ending.notes(),
         describe(result.environment),
         command_line(result.environment),
     ])  # fmt: skip

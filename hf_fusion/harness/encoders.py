@@ -106,13 +106,5 @@ def load_any(name: str, dtype: str, seed: int) -> tuple[models.LoadedModel, str]
 
 
 def _config(name: str) -> Any:
-    from transformers import AutoConfig
-
     path = str(Path(name).expanduser()) if models.looks_local(name) else name
-    try:
-        return AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise InputError(
-            f"model {name!r} cannot be loaded ({first}): accepted are {', '.join(ACCEPTED)}"
-        ) from None
+    return models.configuration(path, name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -25,6 +26,10 @@ LABELS = {
     "none": "none (wrapper only)",
     "decomposed": "decomposed attention",
 }
+
+
+MOST_THREADS = 4096
+MOST_SEED = 2**63 - 1
 
 
 class InputError(ValueError):
@@ -61,9 +66,12 @@ def backend_name(value: str) -> str:
     return value
 
 
-def rung_names(values: Sequence[str]) -> tuple[str, ...]:
-    """The rungs in ladder order, stock first (it is always measured), without repeats."""
-    known = RUNGS + (COMPILED,)
+def rung_names(
+    values: Sequence[str], known: Sequence[str] = (*RUNGS, COMPILED)
+) -> tuple[str, ...]:
+    """The rungs in ladder order, stock first (it is always measured), without repeats; those that
+    are not `known` are refused.
+    """
     for value in values:
         if value not in known:
             raise unaccepted("rung", value, known)
@@ -77,6 +85,18 @@ def at_least(what: str, value: int, lowest: int) -> int:
     if value < lowest:
         raise InputError(f"{what} is {value}: expected an integer of at least {lowest}")
     return value
+
+
+def between(what: str, value: int, lowest: int, highest: int) -> int:
+    """`value`, or an error when it is outside `lowest` to `highest`."""
+    if at_least(what, value, lowest) > highest:
+        raise InputError(f"{what} is {value}: expected an integer of at most {highest}")
+    return value
+
+
+def thread_count(value: int | None) -> int:
+    """`value`, None for torch's own width; an error for what is no number of threads."""
+    return torch.get_num_threads() if value is None else between("threads", value, 1, MOST_THREADS)
 
 
 def integers(text: str, what: str, lowest: int = 1) -> tuple[int, ...]:
@@ -97,10 +117,20 @@ def words(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
+def some_words(text: str) -> tuple[str, ...]:
+    """The same, at least one."""
+    if not (found := words(text)):
+        raise InputError(f"the value is {text!r}: expected words separated by commas")
+    return found
+
+
 def read_text(path: str | Path) -> str:
-    """The text of a local UTF-8 file; anything else than a regular readable file is an "
-    "InputError."""
+    """The text of a local UTF-8 file; anything else than a regular readable file is an
+    InputError.
+    """
     resolved = Path(path).expanduser().resolve()
+    if resolved.is_dir():
+        raise InputError(f"text file {str(path)!r} is a folder: expected a UTF-8 text file")
     if not resolved.is_file():
         raise InputError(f"text file {str(path)!r} is not there: expected a UTF-8 text file")
     try:
@@ -117,18 +147,44 @@ def read_text(path: str | Path) -> str:
 
 
 def output_path(path: str | Path, suffixes: Sequence[str] = ()) -> Path:
-    """A path whose folder exists or can be made; an unwritable place or another suffix is an
+    """A path that can be written, whose folder is made; any other, or another suffix, is an
     InputError.
     """
-    target = Path(path).expanduser()
-    if suffixes and target.suffix.lower() not in suffixes:
-        raise InputError(f"output file {str(path)!r}: accepted endings are {', '.join(suffixes)}")
-    if target.is_dir():
-        raise InputError(f"output file {str(path)!r} is a folder: expected a file name")
+    if not str(path):
+        raise InputError("output file '': expected a file name")
     try:
+        target = Path(path).expanduser()
+        if suffixes and target.suffix.lower() not in suffixes:
+            raise InputError(
+                f"output file {str(path)!r}: accepted endings are {', '.join(suffixes)}"
+            )
+        if target.is_dir():
+            raise InputError(f"output file {str(path)!r} is a folder: expected a file name")
         target.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(
-            f"output file {str(path)!r}: its folder cannot be made: {error.strerror}"
-        ) from None
+        _try_to_write(target)
+    except (OSError, RuntimeError) as error:  # RuntimeError: no home of that name
+        raise unwritable(path, error) from None
     return target
+
+
+def unwritable(path: str | Path, error: Exception) -> InputError:
+    """The error for an output file that `error` keeps from being written."""
+    reason = getattr(error, "strerror", None) or str(error)
+    if isinstance(error, FileExistsError):
+        reason = "its folder is a file"
+    return InputError(f"output file {str(path)!r} cannot be written: {reason}")
+
+
+def _try_to_write(target: Path) -> None:
+    """OSError where `target` cannot be opened; leaves what is there, and nothing where nothing is.
+
+    Pipes and devices are not opened: a reader would see them end.
+    """
+    if target.exists() and not target.is_file():
+        if not os.access(target, os.W_OK):
+            raise PermissionError(None, "Permission denied")
+        return
+    new = None if target.exists() else os.path.realpath(target)
+    target.open("ab").close()
+    if new is not None:
+        os.unlink(new)

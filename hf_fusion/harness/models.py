@@ -55,6 +55,11 @@ class LoadedModel:
         return self.model.config.num_hidden_layers
 
     @property
+    def positions(self) -> int | None:
+        """Number of positions by the configuration, None where it has no such number."""
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+
+    @property
     def vocabulary(self) -> int:
         """Number of token ids the model accepts."""
         return self.model.config.vocab_size
@@ -95,12 +100,12 @@ def load_model(name: str, dtype: str = "bf16", seed: int = 0) -> LoadedModel:
             raise InputError(
                 f"model folder {name!r} has no config.json: accepted are {', '.join(ACCEPTED)}"
             )
-        model, tokenizer = checkpoint(str(Path(name).expanduser()), name, dtype)
+        model, tokenizer = _decoder(str(Path(name).expanduser()), name, dtype)
         source = "local checkpoint"
     elif name.startswith("pythia-") or not name:
         raise unaccepted("model", name, ACCEPTED)
     else:
-        model, tokenizer = checkpoint(name, name, dtype)
+        model, tokenizer = _decoder(name, name, dtype)
         source = "hub checkpoint"
     _decode_freely(model)
     return LoadedModel(name, dtype, source, model.eval(), tokenizer)
@@ -226,11 +231,8 @@ def checkpoint(
         model = (auto or AutoModelForCausalLM).from_pretrained(
             path, dtype=DTYPES[dtype], trust_remote_code=False
         )
-    except (OSError, ValueError, KeyError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise InputError(
-            f"model {name!r} cannot be loaded ({first}): accepted are {', '.join(ACCEPTED)}"
-        ) from None
+    except Exception as error:  # a damaged file raises whatever its reader does
+        raise unloadable(name, error) from None
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (
@@ -238,6 +240,43 @@ def checkpoint(
     ):  # any tokenizer trouble means the same here: prompts are random ids, perplexity says so
         tokenizer = None
     return model, tokenizer
+
+
+def configuration(path: str, name: str) -> Any:
+    """The configuration at `path` of the model called `name`."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:
+        raise unloadable(name, error) from None
+
+
+def unloadable(name: str, error: Exception) -> InputError:
+    """The error for a model that `error` keeps from being loaded."""
+    lines = [line.strip().rstrip(".") for line in str(error).splitlines() if line.strip()]
+    reason = lines[0] if lines else type(error).__name__
+    if "ignore_mismatched_sizes" in reason:
+        reason = "its weights do not have the sizes of its configuration"
+    elif not isinstance(error, (OSError, ValueError)):
+        reason = f"{type(error).__name__}: {reason}"
+    return InputError(
+        f"model {name!r} cannot be loaded ({reason}): accepted are {', '.join(ACCEPTED)}"
+    )
+
+
+def _decoder(path: str, name: str, dtype: str) -> tuple[nn.Module, Any | None]:
+    """`checkpoint` of a decoder; an encoder is an InputError that names its command."""
+    from .encoders import DECODER, ENCODER_SHAPES, encoder_config, kind_of_config
+
+    shape = name in ENCODER_SHAPES and not Path(path).is_dir()
+    kind = kind_of_config(encoder_config(name) if shape else configuration(path, name))
+    if kind != DECODER:
+        raise InputError(
+            f"model {name!r} is an encoder of {kind}s: expected a decoder; encoders are timed by "
+            f"hf-fusion bench {name}:{dtype}"
+        )
+    return checkpoint(path, name, dtype)
 
 
 def _decode_freely(model: nn.Module) -> None:

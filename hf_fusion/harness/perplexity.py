@@ -20,6 +20,7 @@ from torch.nn import functional
 from . import machine
 from .inputs import (
     COMPILED,
+    RUNGS,
     STOCK,
     InputError,
     at_least,
@@ -27,6 +28,7 @@ from .inputs import (
     dtype_name,
     read_text,
     rung_names,
+    thread_count,
     unaccepted,
 )
 from .models import LoadedModel, heldout_text, load_model, token_stream
@@ -45,7 +47,7 @@ _CHUNK = 64  # positions whose logits are raised to fp64 at a time
 @dataclass(frozen=True)
 class PerplexitySettings:
     """What to score. `text` is a file, None the held-out text of the shipped model; `dataset` a
-    `datasets` name.
+    `datasets` name, with `split` None for "test" and `column` None for "text".
     """
 
     model: str = "tiny"
@@ -56,8 +58,8 @@ class PerplexitySettings:
     text: str | None = None
     dataset: str | None = None
     dataset_config: str | None = None
-    split: str = "test"
-    column: str = "text"
+    split: str | None = None
+    column: str | None = None
     window: int | None = None
     stride: int | None = None
     max_windows: int | None = None
@@ -102,6 +104,7 @@ class PerplexityResult:
     limit: float
     rows: list[PerplexityRow]
     environment: dict[str, Any]
+    positions: int | None = None
 
     @property
     def passed(self) -> bool:
@@ -123,16 +126,13 @@ def run_perplexity(
     """Scores stock and every rung of `settings`. `loaded` reuses a model, `text` takes the place of
     a file.
     """
-    _check(settings)
+    rungs = _check(settings)
     corpus, text = ("text given by the caller", text) if text is not None else corpus_text(settings)
     dtype = dtype_name(settings.dtype)
     loaded = loaded or load_model(settings.model, dtype, settings.seed)
     ids = _tokens(loaded, text)
-    size = settings.window or min(
-        512, getattr(loaded.model.config, "max_position_embeddings", None) or 512
-    )
+    size = settings.window or min(512, loaded.positions or 512)
     windows, fresh = cut_windows(ids, size, settings.stride, settings.max_windows)
-    rungs = rung_names(settings.rungs)
     rows = []
     steps = len(rungs) * len(settings.paths) * -(-windows.shape[0] // settings.batch)
     with (
@@ -157,6 +157,7 @@ def run_perplexity(
         LIMITS[dtype],
         rows,
         machine.environment(settings.threads),
+        loaded.positions,
     )
 
 
@@ -177,20 +178,19 @@ def corpus_text(settings: PerplexitySettings) -> tuple[str, str]:
         raise InputError(
             f"dataset {settings.dataset!r} needs the package datasets: pip install datasets"
         ) from None
+    split, column = settings.split or "test", settings.column or "text"
     try:
-        rows = datasets.load_dataset(
-            settings.dataset, settings.dataset_config, split=settings.split
-        )
+        rows = datasets.load_dataset(settings.dataset, settings.dataset_config, split=split)
     except (
         Exception
     ) as error:  # the package raises a dozen unrelated types for a name it cannot find
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(
-            f"dataset {settings.dataset!r}, split {settings.split!r} cannot be loaded: {first}"
+            f"dataset {settings.dataset!r}, split {split!r} cannot be loaded: {first}"
         ) from None
-    if settings.column not in rows.column_names:
-        raise unaccepted("column", settings.column, rows.column_names)
-    return f"dataset {settings.dataset}, {settings.split}", "\n\n".join(rows[settings.column])
+    if column not in rows.column_names:
+        raise unaccepted("column", column, rows.column_names)
+    return f"dataset {settings.dataset}, {split}", "\n\n".join(rows[column])
 
 
 def cut_windows(
@@ -330,9 +330,11 @@ def _tokens(loaded: LoadedModel, text: str) -> torch.Tensor:
     return ids
 
 
-def _check(settings: PerplexitySettings) -> None:
+def _check(settings: PerplexitySettings) -> tuple[str, ...]:
+    """The rungs; InputError for what is not accepted."""
     backend_name(settings.backend)
     at_least("batch", settings.batch, 1)
+    thread_count(settings.threads)
     if settings.max_windows is not None:
         at_least("windows", settings.max_windows, 1)
     if COMPILED in settings.rungs:
@@ -342,3 +344,10 @@ def _check(settings: PerplexitySettings) -> None:
     for path in settings.paths or ("",):
         if path not in PATHS:
             raise unaccepted("path", path, PATHS)
+    for name in ("dataset_config", "split", "column"):
+        if settings.dataset is None and getattr(settings, name) is not None:
+            raise InputError(
+                f"{name.replace('_', ' ')} {getattr(settings, name)!r} is given without a dataset: "
+                "expected --dataset"
+            )
+    return rung_names(settings.rungs, RUNGS)

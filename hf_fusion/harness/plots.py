@@ -19,17 +19,22 @@ def median_ms(row: Row | None) -> float | None:
     return row.step_ms.median if row and row.step_ms else None
 
 
-def picture(result: Any, path: Path) -> None:
-    """Bars for an ablation, lines for a sweep and for attention, grouped bars for a bench, both for
-    `work`.
-    """
+def library() -> Any:
+    """matplotlib; InputError where it is not installed."""
     try:
         import matplotlib
     except ImportError:
         raise InputError(
             "a picture needs matplotlib, which is not installed: pip install matplotlib"
         ) from None
-    matplotlib.use("Agg", force=False)
+    return matplotlib
+
+
+def picture(result: Any, path: Path) -> None:
+    """Bars for an ablation, lines for a sweep and for attention, grouped bars for a bench, both for
+    `work`.
+    """
+    library().use("Agg", force=False)
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4.2), layout="constrained")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .inputs import STOCK, output_path
+from .inputs import STOCK, InputError, output_path, unwritable
 from .machine import describe
 from .plots import PICTURES, median_ms, picture
 from .timing import SAMPLING
@@ -27,14 +28,33 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def write(
     result: Any, json_file: Any = None, markdown_file: Any = None, picture_file: Any = None
 ) -> None:
-    """Writes whichever files are named; `result` has to_dict() and markdown()."""
-    if json_file:
-        text = json.dumps(result.to_dict(), indent=2, allow_nan=True) + "\n"
-        output_path(json_file).write_text(text, encoding="utf-8")
-    if markdown_file:
-        output_path(markdown_file).write_text(result.markdown() + "\n", encoding="utf-8")
-    if picture_file:
-        picture(result, output_path(picture_file, PICTURES))
+    """Writes whichever files are named; `result` has to_dict() and markdown(). InputError names
+    those that cannot be written, after the others are.
+    """
+    refused = []
+    for file, suffixes, put in (
+        (json_file, (), lambda path: _put(as_json(result), path)),
+        (markdown_file, (), lambda path: _put(result.markdown(), path)),
+        (picture_file, PICTURES, lambda path: picture(result, path)),
+    ):
+        try:
+            if file:
+                put(output_path(file, suffixes))
+        except OSError as error:
+            refused.append(str(unwritable(file, error)))
+        except InputError as error:
+            refused.append(str(error))
+    if refused:
+        raise InputError("; ".join(refused))
+
+
+def as_json(result: Any) -> str:
+    """The whole result as JSON."""
+    return json.dumps(result.to_dict(), indent=2, allow_nan=True)
+
+
+def _put(text: str, path: Path) -> None:
+    path.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
 
 
 def ablation_markdown(result: AblationResult) -> str:
@@ -54,7 +74,7 @@ def ablation_markdown(result: AblationResult) -> str:
     lines = [
         f"{settings.model} ({result.source}), {settings.dtype}, batch {settings.batch}, prompt "
         f"{settings.prompt_tokens}, {settings.new_tokens} tokens, {_chosen(settings)}, "
-        f"{settings.rounds} interleaved rounds.",
+        f"loop {settings.loop}, {settings.rounds} interleaved rounds.",
         "",
         table(header, [_ablation_row(row, memory) for row in result.rows]),
         "",
@@ -96,10 +116,14 @@ def sweep_markdown(result: SweepResult) -> str:
         for row in point.rows
         if row.failure or stock_in_part(row)
     ]
+    failures += [
+        f"- {result.kind} {value}: {point.beyond}" for value, point in result.points if point.beyond
+    ]
+    failures += result.ending.notes()
     settings, source = result.points[0][1].settings, result.points[0][1].source
     title = (
-        f"{settings.model} ({source}), {settings.dtype}, {settings.rounds} interleaved rounds of "
-        f"{settings.new_tokens} tokens."
+        f"{settings.model} ({source}), {settings.dtype}, loop {settings.loop}, {settings.rounds} "
+        f"interleaved rounds of {settings.new_tokens} tokens."
     )
     record = result.points[0][1].environment
     return "\n".join(
@@ -145,11 +169,13 @@ def bench_markdown(result: BenchResult) -> str:
         for row in item.rows
         if row.failure or stock_in_part(row)
     ]
+    failures += [f"- {item.settings.model}: {item.beyond}" for item in result.items if item.beyond]
+    failures += result.ending.notes()
     settings, record = result.items[0].settings, result.items[0].environment
     title = (
         f"Batch {settings.batch}, prompt {settings.prompt_tokens}, {settings.new_tokens} tokens, "
-        f"{_chosen(settings)}, {settings.rounds} interleaved rounds, weights by seed "
-        f"{settings.seed}."
+        f"{_chosen(settings)}, loop {settings.loop}, {settings.rounds} interleaved rounds, weights "
+        f"by seed {settings.seed}."
     )
     return "\n".join(
         [title, "", table(header, body), "", *failures, describe(record), command_line(record)]
@@ -195,6 +221,8 @@ def perplexity_markdown(result: PerplexityResult) -> str:
             ]
         )
     failures = [f"- {row.label}, {row.path}: {row.failure}" for row in result.rows if row.failure]
+    if result.positions and result.window > result.positions:
+        failures.append(f"The window exceeds the model's {result.positions} positions.")
     title = (
         f"{result.model} ({result.source}), {result.dtype}, {result.corpus}: {result.windows} "
         "windows of "
@@ -252,6 +280,8 @@ def _notes(result: AblationResult) -> list[str]:
     notes.append(
         f"Ladder: {result.ladder}. Bytes per step {result.bytes_per_step / 1e6:.1f} MB; {floor}."
     )
+    if result.beyond:
+        notes.append(f"{result.beyond[0].upper()}{result.beyond[1:]}.")
     if any((row.stream_share or 0) > 1 for row in result.rows):
         notes.append("A share above 1: the weights stay in the CPU's caches from step to step.")
     if result.wrapper_us:

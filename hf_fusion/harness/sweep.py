@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from . import machine
 from .ablation import AblationResult, Settings, run_ablation
+from .cases import Ending, one_by_one
 from .inputs import COMPILED, STOCK, InputError, at_least, dtype_name
 from .models import ACCEPTED, load_model
 from .render import bench_markdown, sweep_markdown
@@ -30,16 +31,23 @@ class SweepResult:
 
     kind: str
     points: list[tuple[int, AblationResult]]
+    ending: Ending = field(default_factory=Ending)
 
     @property
     def passed(self) -> bool:
-        """Whether every point has its verdicts."""
-        return all(point.passed for _, point in self.points)
+        """Whether every point was measured and has its verdicts."""
+        return self.ending.complete and all(point.passed for _, point in self.points)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, for JSON."""
         points = [{self.kind: value, **point.to_dict()} for value, point in self.points]
-        return {"kind": "sweep", "over": self.kind, "passed": self.passed, "points": points}
+        return {
+            "kind": "sweep",
+            "over": self.kind,
+            "passed": self.passed,
+            **self.ending.to_dict(),
+            "points": points,
+        }
 
     def markdown(self) -> str:
         """One row per point."""
@@ -51,17 +59,19 @@ class BenchResult:
     """One ablation of stock and full per shape and dtype."""
 
     items: list[AblationResult]
+    ending: Ending = field(default_factory=Ending)
 
     @property
     def passed(self) -> bool:
-        """Whether every case has its verdicts."""
-        return all(item.passed for item in self.items)
+        """Whether every case was measured and has its verdicts."""
+        return self.ending.complete and all(item.passed for item in self.items)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, for JSON."""
         return {
             "kind": "bench",
             "passed": self.passed,
+            **self.ending.to_dict(),
             "items": [item.to_dict() for item in self.items],
         }
 
@@ -108,17 +118,17 @@ def run_bench(
     if not cases:
         raise InputError(f"no cases: expected some of {', '.join(BENCH_CASES)}")
     rungs = (STOCK, COMPILED, "full") if COMPILED in settings.rungs else (STOCK, "full")
-    items = []
-    for model, dtype in [parse_case(case) for case in cases]:
-        items.append(
-            run_ablation(replace(settings, model=model, dtype=dtype, rungs=rungs), stream=stream)
-        )
-    return BenchResult(items)
+    with one_by_one() as found:
+        for model, dtype in [parse_case(case) for case in cases]:
+            chosen = replace(settings, model=model, dtype=dtype, rungs=rungs)
+            with found.one(f"{model} {dtype}"):
+                found.results.append(run_ablation(chosen, stream=stream))
+    return BenchResult(found.results, found.ending)
 
 
 def _sweep(
     kind: str,
-    field: str,
+    name: str,
     settings: Settings,
     values: Sequence[int],
     stream: Callable[[int], float | None],
@@ -129,9 +139,9 @@ def _sweep(
         at_least(kind, value, 1)
     settings = settings.checked()
     loaded = load_model(settings.model, settings.dtype, settings.seed)
-    points = []
-    for value in values:
-        points.append(
-            (value, run_ablation(replace(settings, **{field: value}), loaded, stream=stream))
-        )
-    return SweepResult(kind, points)
+    with one_by_one() as found:
+        for value in values:
+            chosen = replace(settings, **{name: value})
+            with found.one(f"{kind} {value}"):
+                found.results.append((value, run_ablation(chosen, loaded, stream=stream)))
+    return SweepResult(kind, found.results, found.ending)

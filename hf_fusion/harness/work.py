@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from . import machine, peers
+from .cases import one_by_one
 from .contenders import (
     DEFAULT_RUNGS,
     PRECISIONS,
@@ -30,7 +31,15 @@ from .contenders import (
     work_rungs,
 )
 from .encoders import DECODER, IMAGE, TEXT, kind_of, load_any
-from .inputs import DTYPES, STOCK, InputError, at_least, backend_name, unaccepted
+from .inputs import (
+    DTYPES,
+    STOCK,
+    InputError,
+    at_least,
+    backend_name,
+    thread_count,
+    unaccepted,
+)
 from .memory import fresh_process
 from .models import LoadedModel
 from .parity import Parity, raised
@@ -91,26 +100,33 @@ class WorkSettings:
             self,
             rungs=work_rungs(self.rungs),
             peers=peers.peer_names(self.peers),
-            threads=at_least("threads", self.threads or torch.get_num_threads(), 1),
+            threads=thread_count(self.threads),
         )
 
 
 def run_work(settings: WorkSettings, peak: Callable[..., Peak] | None = None) -> WorkResult:
     """Measures every point of `settings`; `peak(dtype)` replaces the measured peak's kernel."""
-    settings, items = settings.checked(), []
-    with matmul_precision(settings.matmul_precision), torch_threads(settings.threads):
+    settings = settings.checked()
+    with (
+        one_by_one() as found,
+        matmul_precision(settings.matmul_precision),
+        torch_threads(settings.threads),
+    ):
         for model, dtype in settings.cases:
-            loaded, kind = load_any(model, dtype, settings.seed)
-            measured = (peak or machine.multiply_add_peak)(DTYPES[loaded.dtype])
-            points = [
-                make_work(loaded, kind, batch, length, settings.ragged, settings.seed)
-                for batch in settings.batches
-                for length in settings.lengths or LENGTHS[kind]
-            ]
-            items += [_measure(settings, loaded, work, measured) for work in points]
+            with found.one(f"{model} {dtype}"):
+                loaded, kind = load_any(model, dtype, settings.seed)
+                measured = (peak or machine.multiply_add_peak)(DTYPES[loaded.dtype])
+                points = [
+                    make_work(loaded, kind, batch, length, settings.ragged, settings.seed)
+                    for batch in settings.batches
+                    for length in settings.lengths or LENGTHS[kind]
+                ]
+                for work in points:
+                    with found.one(f"{model} {dtype} {work.label}"):
+                        found.results.append(_measure(settings, loaded, work, measured))
     record = machine.environment(settings.threads)
     record["versions"] |= machine.versions(settings.peers)
-    return WorkResult(settings, items, record)
+    return WorkResult(settings, found.results, record, found.ending)
 
 
 def _measure(settings: WorkSettings, loaded: LoadedModel, work: Work, peak: Peak) -> WorkItem:

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from . import peers
+from .cases import Ending
 from .contenders import PACKED
 from .inputs import label
 from .parity import Parity
@@ -100,17 +101,19 @@ class WorkResult:
     settings: WorkSettings
     items: list[WorkItem]
     environment: dict[str, Any]
+    ending: Ending = field(default_factory=Ending)
 
     @property
     def passed(self) -> bool:
-        """Whether every row of every point has its verdict."""
-        return all(item.passed for item in self.items)
+        """Whether every point was measured and every row has its verdict."""
+        return self.ending.complete and all(item.passed for item in self.items)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, for JSON."""
         return {
             "kind": "work",
             "passed": self.passed,
+            **self.ending.to_dict(),
             "settings": asdict(self.settings),
             "items": [item.to_dict() for item in self.items],
             "environment": self.environment,

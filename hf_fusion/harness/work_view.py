@@ -29,6 +29,7 @@ def work_markdown(result: WorkResult) -> str:
             "",
             *_notes(items),
         ]
+    lines += result.ending.notes()
     lines += [
         "Error: largest absolute one against stock in higher precision, padding left out, over "
         f"stock's own; {_limit(settings.matmul_precision)}. GFLOP: from the shapes, padding not "
