@@ -211,7 +211,7 @@ def test_conditions_of_another_form_are_refused(changed, tmp_path):
     described = json.loads((tmp_path / "graph.json").read_text())
     described["signature"]["conditions"] = changed
     (tmp_path / "graph.json").write_text(json.dumps(described))
-    with pytest.raises(FusionError, match="no fused model"):
+    with pytest.raises(FusionError, match="no graph that save wrote"):
         FusedModel.load(tmp_path)
 
 

@@ -47,6 +47,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise inputs.InputError("--batch and --length are positive, --rounds is not negative")
     if abs(arguments.seed) >= 1 << 62:
         raise inputs.InputError(f"--seed is {arguments.seed}: expected less than 2**62")
+    if arguments.backends == ():
+        raise inputs.InputError("--backends names none, expected A,B")
     chosen(arguments.backends)
     name = arguments.model.rstrip("/").rpartition("/")[2]
     folder = made(Path(arguments.out or f"graph-{name}"))
@@ -111,6 +113,6 @@ def write(fused: FusedModel, folder: Path) -> None:
     made(folder)
     try:
         for name, text in pages.items():
-            (folder / name).write_text(text)
+            (folder / name).write_text(text, encoding="utf-8")
     except OSError as error:
         raise inputs.InputError(f"--out {folder} is not writable: {error.strerror}") from None

@@ -116,7 +116,7 @@ class NativeLayer(nn.Module):
 def _refuses(site: Site) -> str | None:
     kind = site.group.kind
     if kind not in (BLOCK, EPILOGUE, PARALLEL, NORM, NORM_RESIDUAL):
-        return f"no kernel for a {kind}"
+        return f"no kernel for this kind, {kind}"
     try:
         native.load()
     except FusionError as error:

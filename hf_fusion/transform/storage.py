@@ -90,7 +90,7 @@ def save(fused: FusedModel, folder: Any) -> None:
         "output": pytree.treespec_dumps(captured.output_spec),
         "output_modules": sorted(_modules_of(captured.output_spec)),
     }
-    (folder / GRAPH).write_text(json.dumps(described, indent=1))
+    (folder / GRAPH).write_text(json.dumps(described, indent=1), encoding="utf-8")
 
 
 def load(folder: Any, backends: tuple[str, ...] | None = None) -> FusedModel:
@@ -101,7 +101,7 @@ def load(folder: Any, backends: tuple[str, ...] | None = None) -> FusedModel:
     """
     folder = Path(folder)
     chosen(backends)
-    described = _read(folder / GRAPH, "JSON", lambda path: json.loads(path.read_text()))
+    described = _read(folder / GRAPH, "JSON", lambda path: json.loads(path.read_text("utf-8")))
     tensors = _read(folder / WEIGHTS, "safetensors", load_file)
     if not isinstance(described, dict) or described.get("format") != FORMAT:
         found = described.get("format") if isinstance(described, dict) else None
