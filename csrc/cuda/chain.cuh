@@ -57,7 +57,7 @@ struct PhaseProgram {
   }
   HFF_HOST_DEVICE bool span(int index, Span& s) const {
     if (index > 6) return false;
-    s.units = 0;
+    s.count = 0;
     if (rows(index).weight != nullptr) s = part_of(rows(index), block, blocks, size);
     return true;
   }

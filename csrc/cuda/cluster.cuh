@@ -55,7 +55,7 @@ struct ClusterProgram {
 
   HFF_HOST_DEVICE bool span(int index, Span& s) const {
     if (index > 3) return false;
-    s.units = 0;
+    s.count = 0;
     if (index < 3) {
       const Section q = section_of(p->layer, p->shape, kv_head, index);
       const int begin = share(q.count, rank, ranks), end = share(q.count, rank + 1, ranks);

@@ -44,17 +44,21 @@ HFF_DEVICE void dot(const T* w, const T* x, int stride, int count, float (&sum)[
 // A warp's place in a span that is consumed in passes.
 struct Cursor {
   Span span;
-  int unit;
+  Unit unit;
+
+  HFF_DEVICE Cursor(const Span& span_, const Group& group) : span(span_) {
+    unit.start(group.warp(), group.warps(), span.pieces);
+  }
 };
 
 // The dots of rows up to `end` of the span, counted from its first, those from `begin` on not yet
 // done: unit (row, piece) to sums[((row - begin) * row_sums + offset + piece) * kBatch].
 template <class T, int kBatch, class S>
-HFF_DEVICE void multiply(S& stream, Cursor* at, int warps, int begin, int end, const T* x,
-                         int stride, float* sums, int row_sums, int offset) {
+HFF_DEVICE void multiply(S& stream, Cursor* at, int begin, int end, const T* x, int stride,
+                         float* sums, int row_sums, int offset) {
   const Span& span = at->span;
-  for (; at->unit < end * span.pieces; at->unit += warps) {
-    const int row = at->unit / span.pieces, piece = at->unit - row * span.pieces;
+  for (; at->unit.row < end; at->unit.advance(span.pieces)) {
+    const int row = at->unit.row, piece = at->unit.piece;
     const int bytes = piece + 1 == span.pieces ? span.last : span.piece;
     float sum[kBatch];
     const T* w = reinterpret_cast<const T*>(stream.front());
@@ -91,7 +95,7 @@ HFF_DEVICE float activate(float x, int activation) {
 template <class T, int kBatch, class S, class Store>
 HFF_DEVICE void project(S& stream, const Group& group, const Span& span, const T* bias, int batch,
                         const T* x, int stride, float* sums, int sum_count, const Store& store) {
-  Cursor at = {span, group.warp()};
+  Cursor at(span, group);
   const int fit = sum_count / (span.pieces * kBatch);
   for (int begin = 0; begin < span.count; begin += fit) {
     const int end = begin + fit < span.count ? begin + fit : span.count;
@@ -100,7 +104,7 @@ HFF_DEVICE void project(S& stream, const Group& group, const Span& span, const T
       return bias != nullptr && i < count ? port::to_float(bias[first + i / batch]) : 0.0f;
     };
     const float ahead = bias_of(group.rank());  // most threads store once: not waited for then
-    multiply<T, kBatch>(stream, &at, group.warps(), begin, end, x, stride, sums, span.pieces, 0);
+    multiply<T, kBatch>(stream, &at, begin, end, x, stride, sums, span.pieces, 0);
     group.sync();
     for (int i = group.rank(); i < count; i += group.count) {
       const int row = i / batch, b = i - row * batch;

@@ -137,9 +137,9 @@ struct Worker {
       const Rows& matrix = i == 0 ? layer.down : layer.o;
       operand(i == 0);
       load_rows(i == 0 ? up_in : scratch.context, matrix.cols);
-      Cursor at = {part(matrix), group.warp()};
-      multiply<T, kBatch>(stream, &at, group.warps(), 0, at.span.count, inputs, input_stride, sums,
-                          row_sums, offset);
+      Cursor at(part(matrix), group);
+      multiply<T, kBatch>(stream, &at, 0, at.span.count, inputs, input_stride, sums, row_sums,
+                          offset);
       offset += matrix.pieces;
     }
     group.sync();

@@ -126,13 +126,28 @@ struct Source {
   const void* x;  // (batch, hidden) T; or, where both are null, Scratch::x
 };
 
-// What one CTA reads of one matrix: `units` pieces, row by row, `stride` bytes from row to row.
+// What one CTA reads of one matrix: `count` rows of `pieces` pieces, `stride` bytes from row to row.
 struct Span {
   const char* weight;
   int64_t stride;
   int32_t first, count;  // rows
-  int32_t units, pieces;
+  int32_t pieces;
   int32_t piece, last;  // bytes of a row's pieces but the last, of the last
+};
+
+// A warp's unit of a span, `step` units on each time: row and piece are moved on without a division.
+struct Unit {
+  int32_t row, piece;
+  int32_t rows_on, pieces_on;  // step / pieces, step % pieces
+
+  HFF_HOST_DEVICE void start(int unit, int step, int pieces) {
+    row = unit / pieces, piece = unit - row * pieces;
+    rows_on = step / pieces, pieces_on = step - rows_on * pieces;
+  }
+  HFF_HOST_DEVICE void advance(int pieces) {
+    row += rows_on, piece += pieces_on;
+    if (piece >= pieces) piece -= pieces, ++row;
+  }
 };
 
 // Whether a kernel with bulk copies, or without, is compiled for the architecture at hand: one of
@@ -157,7 +172,6 @@ HFF_HOST_DEVICE Span span_of(const Rows& m, int first, int count, int size) {
   s.first = first;
   s.count = count;
   s.pieces = m.pieces;
-  s.units = count * m.pieces;
   s.piece = m.piece * size;
   s.last = (m.cols - (m.pieces - 1) * m.piece) * size;
   return s;

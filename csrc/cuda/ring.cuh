@@ -95,26 +95,27 @@ template <class Program>
 struct Walk {
   Program program;
   Span span;
-  int index, unit, warp, warps;
+  Unit unit;
+  int index, warp, warps;
 
   HFF_HOST_DEVICE void start(const Program& p, int first_warp, int warp_count) {
     program = p;
-    warp = unit = first_warp;
+    warp = first_warp;
     warps = warp_count;
     index = -1;
-    span.units = 0;
+    span.count = unit.row = 0;
   }
   // The next piece and its bytes; false at the end.
   HFF_HOST_DEVICE bool next(const char** from, int* bytes) {
-    while (unit >= span.units) {
+    while (unit.row >= span.count) {
       if (!program.span(index + 1, span)) return false;
       ++index;
-      unit = warp;
+      unit.row = 0;
+      if (span.count > 0) unit.start(warp, warps, span.pieces);
     }
-    const int row = unit / span.pieces, piece = unit - row * span.pieces;
-    *from = span.weight + row * span.stride + static_cast<int64_t>(piece) * span.piece;
-    *bytes = piece + 1 == span.pieces ? span.last : span.piece;
-    unit += warps;
+    *from = span.weight + unit.row * span.stride + static_cast<int64_t>(unit.piece) * span.piece;
+    *bytes = unit.piece + 1 == span.pieces ? span.last : span.piece;
+    unit.advance(span.pieces);
     return true;
   }
 };

@@ -70,7 +70,7 @@ struct TokenProgram {
     const Rows& rows = layer == p->layer_count
                            ? p->head
                            : matrix(p->layers[layer], p->shape.sequential != 0, index % kMatrices);
-    s.units = 0;
+    s.count = 0;
     if (rows.weight != nullptr) s = part_of(rows, block, blocks, size);
     return true;
   }

@@ -141,7 +141,7 @@ std::string check_reads(const std::vector<const Rows*>& matrices, const Reads& r
 std::vector<const char*> pieces_used(const std::vector<Span>& spans, int warp, int warps) {
   std::vector<const char*> all;
   for (const Span& span : spans) {
-    for (int unit = warp; unit < span.units; unit += warps)
+    for (int unit = warp; unit < span.count * span.pieces; unit += warps)
       all.push_back(span.weight + unit / span.pieces * span.stride +
                     static_cast<int64_t>(unit % span.pieces) * span.piece);
   }
