@@ -102,7 +102,7 @@ $(VENV)/install.stamp: $(VENV)/torch.stamp $(SOURCES)
 
 # Inside tests/, so that Python imports the installed package and not this tree.
 test: $(VENV)/install.stamp | $(OWN_CMAKE)
-	cd tests && OMP_WAIT_POLICY=passive $(BIN)/pytest -n $(WORKERS) --dist loadgroup $(PYTEST_ARGS)
+	cd tests && OMP_WAIT_POLICY=passive $(BIN)/pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
 
 demo: $(VENV)/install.stamp
 	@mkdir -p $(RESULTS)

@@ -4,20 +4,20 @@ instructions, per architecture.
 
 from __future__ import annotations
 
-import functools
+import fcntl
+import json
+import os
 import re
 import subprocess
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pytest
 from conftest import tool
 
 ROOT = Path(__file__).resolve().parents[1]
-pytestmark = pytest.mark.xdist_group("nvcc")  # all read one compilation
-
 SOURCES = sorted((ROOT / "csrc/cuda").glob("*.cu"))
 # Code of one virtual architecture, for the real ones that run it.
 GROUPS = {"80": ("80", "86", "89"), "90a": ("90a",), "100": ("100",), "120": ("120",)}
@@ -89,12 +89,8 @@ def compiled_one(compiler: str, source: Path, group: str) -> tuple[str, list[Ker
         )
 
 
-@functools.lru_cache(maxsize=None)
-def compiled() -> tuple[dict[str, str], list[Kernel]]:
+def compile_all(compiler: str) -> tuple[dict[str, str], list[Kernel]]:
     """PTX of all files by virtual architecture, and the kernels; two compilers at a time."""
-    compiler = tool("nvcc")
-    if compiler is None:
-        pytest.skip("no nvcc to compile csrc/cuda with")
     work = [(source, group) for source in SOURCES for group in GROUPS]
     with ThreadPoolExecutor(2) as pool:
         outputs = list(pool.map(lambda item: compiled_one(compiler, *item), work))
@@ -104,6 +100,25 @@ def compiled() -> tuple[dict[str, str], list[Kernel]]:
     return ptx, [kernel for _, kernels in outputs for kernel in kernels]
 
 
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory) -> tuple[dict[str, str], list[Kernel]]:
+    """What `compile_all` gives, compiled once for all processes of a parallel run."""
+    compiler = tool("nvcc")
+    if compiler is None:
+        pytest.skip("no nvcc to compile csrc/cuda with")
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    path = folder / "compiled.json"
+    with open(folder / "compiled.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            ptx, kernels = compile_all(compiler)
+            path.write_text(json.dumps([ptx, list(map(asdict, kernels))]), encoding="utf-8")
+    ptx, kernels = json.loads(path.read_text(encoding="utf-8"))
+    return ptx, [Kernel(**kernel) for kernel in kernels]
+
+
 def threads(ptx: str) -> dict[str, int]:
     """The most threads of a block, by entry point."""
     found = re.findall(r"\.entry (\w+)\(.*?\.maxntid (\d+)", ptx, flags=re.S)
@@ -111,9 +126,9 @@ def threads(ptx: str) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_kernels_keep_to_registers(architecture):
+def test_kernels_keep_to_registers(compiled, architecture):
     """No spills, no stack, no static shared memory, and a block of the most threads can start."""
-    ptx, kernels = compiled()
+    ptx, kernels = compiled
     kernels = [kernel for kernel in kernels if kernel.architecture == architecture]
     group = next(group for group, reals in GROUPS.items() if architecture in reals)
     most = threads(ptx[group])
@@ -125,9 +140,9 @@ def test_kernels_keep_to_registers(architecture):
         assert allocated <= REGISTERS, (kernel, most[kernel.name])
 
 
-def test_two_blocks_of_a_phase_fit_a_multiprocessor():
+def test_two_blocks_of_a_phase_fit_a_multiprocessor(compiled):
     """A phase asks for its weights while the one before still runs."""
-    ptx, kernels = compiled()
+    ptx, kernels = compiled
     for kernel in kernels:
         if "5phaseI" in kernel.name:
             most = threads(ptx["80"])[kernel.name]
@@ -135,8 +150,8 @@ def test_two_blocks_of_a_phase_fit_a_multiprocessor():
 
 
 @pytest.mark.parametrize("group", GROUPS)
-def test_kernels_become_their_instructions(group):
-    ptx = compiled()[0][group]
+def test_kernels_become_their_instructions(compiled, group):
+    ptx = compiled[0][group]
     own = ("cp.async.cg.shared.global",) if group == "80" else SM_90
     assert [wanted for wanted in (*own, *EVERYWHERE) if wanted not in ptx] == []
     assert not re.search(r"\.local\b", ptx), "local memory"
