@@ -38,7 +38,6 @@ class Reason(Enum):
     FUNCTORCH = "functorch transform active"
     CHANGED = "model changed since it was fused"
     TRACING = "tracing"
-    COMPILING = "compiling"
     ARGUMENT = "unsupported argument"
     INPUT = "unsupported input"
     EMPTY_INPUT = "zero-length input"
