@@ -166,7 +166,7 @@ def _check_blind(mask: torch.Tensor, past: int) -> None:
     hidden = torch.finfo(mask.dtype).min / 2
     blind = mask.amax(-1) <= hidden
     if bool(blind.any()):
-        own = mask.amax(-2)[..., past : past + mask.shape[-1]][..., : blind.shape[-1]]
+        own = mask.amax(-2)[..., past : past + blind.shape[-1]]
         if bool((blind & (own > hidden)).any()):
             raise FusionError(Reason.MASK, "attention_mask hides all keys from a query in use")
 

@@ -217,7 +217,7 @@ def read_encoder_call(
                 f"attention_mask has shape {tuple(mask.shape)}, expected {tuple(x.shape[:2])}",
             )
         mask = mask != 0
-        if every_row and not bool(mask.all()) or bool((mask.any(1) & ~mask[:, 0]).any()):
+        if (every_row and not bool(mask.all())) or bool((mask.any(1) & ~mask[:, 0]).any()):
             mask = mask[:, None, None, :]
     return EncoderCall(x, mask, encoder.owned(binding.base))
 
