@@ -125,8 +125,7 @@ def check_mask(mask, batch, queries, past, binding, slot) -> None:
     rows, heads, columns, width = mask.shape
     if type(slot) is StaticSlot:
         keys = slot.layer.max_cache_len
-    fits = width == keys
-    if rows not in (1, batch) or heads != 1 or columns != queries or not fits:
+    if rows not in (1, batch) or heads != 1 or columns != queries or width != keys:
         raise FusionError(
             Reason.MASK,
             f"attention_mask has shape {tuple(mask.shape)}, expected ({batch}, 1, {queries}, "
@@ -136,7 +135,7 @@ def check_mask(mask, batch, queries, past, binding, slot) -> None:
         raise FusionError(
             Reason.MASK, f"attention_mask is {mask.dtype}, which {implementation} does not mask by"
         )
-    if past is None or (queries == 1 and width == keys):
+    if past is None or (queries == 1 and width == past + 1):
         return
     version = None if mask.is_inference() else mask._version
     index = getattr(binding, "cache_index", -1)  # -1: a whole model

@@ -109,6 +109,12 @@ def looks_ahead(model):
     return outputs_of(model, input_ids=ids(2, PROMPT), attention_mask=additive(mask, model))
 
 
+def looks_past_the_tokens(model):
+    cache = StaticCache(config=model.config, max_cache_len=20)
+    mask = torch.zeros(2, 1, 1, 20, dtype=model.dtype)
+    return outputs_of(model, input_ids=ids(2, 1), past_key_values=cache, attention_mask=mask)
+
+
 def float_padding(model):
     mask = torch.ones(2, PROMPT)
     mask[0, :3] = 0.0
@@ -215,6 +221,7 @@ CALLS = {
     "4D masks over a cache": Call(masks_over_a_cache),
     "biased scores": Call(biased_scores),
     "a mask that looks ahead": Call(looks_ahead, **MASK),
+    "a mask over a static cache's empty places": Call(looks_past_the_tokens, **MASK),
     "float padding mask": Call(float_padding),
     "far positions": Call(far_positions),
     "odd positions": Call(odd_positions),
