@@ -22,6 +22,7 @@ from torch import nn
 from hf_fusion import cli
 from hf_fusion.harness import encoders, inputs, options
 from hf_fusion.transform import FusedModel, fuse
+from hf_fusion.transform.interface import configurations
 from hf_fusion.transform.measure import compare, implementation
 from hf_fusion.transform.report import markdown
 from hf_fusion.transform.verify import verify
@@ -201,7 +202,7 @@ def families(arguments: argparse.Namespace, missed: list[str]) -> None:
 
 def _errors(model: nn.Module, fused: FusedModel, source: str) -> float | str:
     try:
-        with implementation(model, source):
+        with implementation(configurations(model), source):
             return max(verify(model, fused.captured, fused.graph)[1])
     except ValueError as error:
         return str(error)

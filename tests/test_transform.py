@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 
 import graphs
@@ -23,6 +24,7 @@ from hf_fusion.transform import (
     trace_with_decomposition,
 )
 from hf_fusion.transform import groups as kinds
+from hf_fusion.transform import measure, meter
 from hf_fusion.transform.capture import capture
 from hf_fusion.transform.groups import Claims
 from hf_fusion.transform.nodes import is_kernel
@@ -142,6 +144,27 @@ def test_fewer_kernels_and_less_memory_than_sdpa(name, kernels, peak):
     assert ours["written_bytes"] <= sdpa["written_bytes"]
     assert measured["graph, not fused"]["kernels"] > ours["kernels"]
     fused.stats.clear()
+
+
+def test_what_is_timed_is_the_model_alone(monkeypatch):
+    looked = []
+    known = measure.configurations
+    monkeypatch.setattr(measure, "configurations", lambda model: looked.append(1) or known(model))
+    fused = graphs.fused("vit")
+    counts = []
+    for rounds in (0, 3):
+        looked.clear()
+        fused.measure(rounds=rounds)
+        counts.append(len(looked))
+    assert counts[0] == counts[1]
+    fused.stats.clear()
+
+
+def test_each_round_of_the_clock_is_begun_by_another_call():
+    ran = []
+    calls = {name: functools.partial(ran.append, name) for name in "abc"}
+    assert meter.seconds(calls, 4).keys() == calls.keys()
+    assert "".join(ran) == "abc" + "abc" + "bca" + "cab" + "abc"
 
 
 def test_an_attention_block_meets_its_targets():

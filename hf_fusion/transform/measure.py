@@ -17,18 +17,15 @@ from .model import FusedModel, arguments_of
 
 
 @contextlib.contextmanager
-def implementation(model: nn.Module, name: str | None) -> Iterator[bool]:
-    """The model's attention implementation set to `name` meanwhile; whether it has a choice."""
-    configs = configurations(model)
-    usable = bool(configs) and name is not None
+def implementation(configs: list, name: str) -> Iterator[None]:
+    """The attention implementation of these `configurations` of a model set to `name` meanwhile."""
     before = [config._attn_implementation_internal for config in configs]
     try:
-        if usable:
-            for config in configs:
-                # parts without an attention keep their own
-                if config._attn_implementation_internal is not None:
-                    config._attn_implementation_internal = name
-        yield usable
+        for config in configs:
+            # parts without an attention keep their own
+            if config._attn_implementation_internal is not None:
+                config._attn_implementation_internal = name
+        yield
     finally:
         for config, value in zip(configs, before, strict=True):
             config._attn_implementation_internal = value
@@ -84,8 +81,10 @@ def compare(
 
 
 def _with(model: nn.Module, name: str, arguments: dict[str, Any]) -> Callable[[], Any]:
+    configs = configurations(model)  # once: looking for them is no work of the model
+
     def call() -> Any:
-        with implementation(model, name):
+        with implementation(configs, name):
             return model(**arguments)
 
     return call

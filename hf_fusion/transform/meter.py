@@ -128,14 +128,18 @@ def peak_bytes(call: Callable[[], Any]) -> int:
 def seconds(
     calls: dict[str, Callable[[], Any]], rounds: int = 7
 ) -> dict[str, tuple[float, float, float]]:
-    """Quartiles of each call's time over interleaved rounds, after one call to warm up."""
+    """Quartiles of each call's time over interleaved rounds, each begun by another call, after one
+    call to warm up.
+    """
     taken: dict[str, list[float]] = {name: [] for name in calls}
     for call in calls.values():
         call()
-    for _ in range(rounds):
-        for name, call in calls.items():
+    names = list(calls)
+    for number in range(rounds):
+        shift = number % len(names)
+        for name in names[shift:] + names[:shift]:
             begin = time.perf_counter()
-            call()
+            calls[name]()
             taken[name].append(time.perf_counter() - begin)
     return {name: tuple(_quartiles(times)) for name, times in taken.items()}
 
