@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import asdict
 
 import pytest
 import torch
 
 import hf_fusion
 from hf_fusion import cli, harness
-from hf_fusion.harness import inputs, machine, models, parity, perplexity, timing
+from hf_fusion.harness import inputs, machine, memory, models, parity, perplexity, timing
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
@@ -192,6 +193,24 @@ def test_peak_memory_of_a_rung(folder):
     assert 0 < memory["loaded"] <= memory["peak"]
 
 
+def test_peak_memory_is_that_of_the_loop(folder, monkeypatch):
+    original, looped = hf_fusion.generate, []
+
+    def noting(*arguments, **named):
+        looped.append(1)
+        return original(*arguments, **named)
+
+    def in_this_process(module, request, what):
+        return memory._measure(json.loads(json.dumps(request)))
+
+    monkeypatch.setattr(hf_fusion, "generate", noting)
+    monkeypatch.setattr(memory, "fresh_process", in_this_process)
+    for loop in ("generate", "own"):
+        chosen = settings(folder, loop=loop, new_tokens=2).checked()
+        assert memory.peak_memory(asdict(chosen), "full")["peak"] > 0
+        assert bool(looped) == (loop == "own")
+
+
 @pytest.mark.parametrize("kind", ["context", "batch"])
 def test_sweeps(folder, tmp_path, kind):
     run = harness.run_context_sweep if kind == "context" else harness.run_batch_sweep
@@ -218,6 +237,13 @@ def test_token_comparison_names_the_first_divergence(folder):
     share, found = parity.compare_tokens(model, [prompt], [stock], [other], error=0.0)
     assert share == 0.5 and (found[0].row, found[0].token) == (1, 1)
     assert found[0].gap > 0 and not found[0].explained
+
+
+def test_every_sequence_that_leaves_stocks_is_examined(folder):
+    model = harness.load_model(folder, "fp32").model
+    prompt, stock = torch.tensor([[1, 2]] * 12), torch.tensor([[7, 8]] * 12)
+    share, found = parity.compare_tokens(model, [prompt], [stock], [stock + 1], error=0.0)
+    assert share == 0 and [item.row for item in found] == list(range(12))
 
 
 # ---------------------------------------------------------------- perplexity

@@ -316,17 +316,7 @@ def _wrapper_cost(recording: Recording, loaded: LoadedModel) -> Spread | None:
 def _add_memory(rows: Sequence[Row], settings: Settings) -> None:
     with progress("peak memory", len(rows)) as advance:
         for row in rows:
-            row.memory = peak_memory(
-                settings.model,
-                settings.dtype,
-                row.name,
-                settings.backend,
-                settings.prompt_tokens,
-                settings.new_tokens,
-                settings.batch,
-                settings.threads,
-                settings.seed,
-            )
+            row.memory = peak_memory(asdict(settings), row.name)
             advance(row.name)
 
 

@@ -12,32 +12,11 @@ from typing import Any
 from .inputs import InputError
 
 
-def peak_memory(
-    model: str,
-    dtype: str,
-    rung: str,
-    backend: str,
-    prompt_tokens: int,
-    new_tokens: int,
-    batch: int,
-    threads: int,
-    seed: int,
-) -> dict[str, int]:
+def peak_memory(settings: dict[str, Any], rung: str) -> dict[str, int]:
     """Bytes resident after loading ("loaded") and at the peak of a generation ("peak"), in a fresh
-    process.
+    process; `settings` are an ablation's.
     """
-    request = dict(
-        model=model,
-        dtype=dtype,
-        rung=rung,
-        backend=backend,
-        prompt_tokens=prompt_tokens,
-        new_tokens=new_tokens,
-        batch=batch,
-        threads=threads,
-        seed=seed,
-    )
-    return fresh_process(__name__, request, f"rung {rung!r}")
+    return fresh_process(__name__, {**settings, "rung": rung}, f"rung {rung!r}")
 
 
 def fresh_process(module: str, request: dict[str, Any], what: str) -> dict[str, int]:
@@ -99,10 +78,9 @@ def _measure(request: dict[str, Any]) -> dict[str, int]:
 
     loaded = load_model(request["model"], request["dtype"], request["seed"])
     (prompt,) = prompts(loaded, 1, request["batch"], request["prompt_tokens"], request["seed"])
+    options = (request[name] for name in ("rung", "backend", "loop", "sample"))
     with torch_threads(request["threads"]):
         forget_peak()
         before, _ = resident()
-        RungRunner(loaded.model, request["rung"], request["backend"]).run(
-            prompt, request["new_tokens"]
-        )
+        RungRunner(loaded.model, *options).run(prompt, request["new_tokens"])
     return {"loaded": before, "peak": resident()[1]}

@@ -149,9 +149,8 @@ def compare_tokens(
     stock: Sequence[torch.Tensor],
     other: Sequence[torch.Tensor],
     error: float,
-    examined: int = 8,
 ) -> tuple[float, list[Divergence]]:
-    """(share of sequences equal to stock's, the first divergences).
+    """(share of sequences equal to stock's, where each of the others first leaves it).
 
     `error`: largest logit difference that rounding explains. The gap at a divergence is stock's, in
     one call over the tokens both share.
@@ -164,10 +163,10 @@ def compare_tokens(
             differs = (expected[row] != actual[row]).nonzero()
             if differs.numel() == 0:
                 equal += 1
-            elif len(found) < examined:
-                token = int(differs[0])
-                shared = torch.cat([prompt[row], expected[row, :token]])[None]
-                found.append(Divergence(number, row, token, top2_gap(model, shared), error))
+                continue
+            token = int(differs[0])
+            shared = torch.cat([prompt[row], expected[row, :token]])[None]
+            found.append(Divergence(number, row, token, top2_gap(model, shared), error))
     return equal / max(total, 1), found
 
 

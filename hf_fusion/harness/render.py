@@ -283,7 +283,10 @@ def _notes(result: AblationResult) -> list[str]:
     if result.beyond:
         notes.append(f"{result.beyond[0].upper()}{result.beyond[1:]}.")
     if any((row.stream_share or 0) > 1 for row in result.rows):
-        notes.append("A share above 1: the weights stay in the CPU's caches from step to step.")
+        notes.append(
+            "A share above 1: weights stay in the CPU's caches from step to step, or memory is "
+            "faster during steps than while the stream is read."
+        )
     if result.wrapper_us:
         cost = result.wrapper_us
         notes.append(
