@@ -73,7 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
         ("perplexity", options.add_perplexity, _perplexity, "perplexity of rungs against stock"),
         ("bench", options.add_bench, _bench, "decoding, encoders and prompts for many shapes"),
         ("graph", graph.add, graph.run, "fuse a model's graph, measure it, draw it"),
-        ("attention", options.add_attention, _attention, "attention kernels: bench attention"),
+        ("attention", options.add_attention, _attention, "the same as bench attention"),
     ):
         prog = f"{parser.prog} {'bench ' * (name == 'attention')}{name}"
         command = commands.add_parser(name, help=note, prog=prog)

@@ -172,11 +172,14 @@ class LlamaRunner:
 def compare(arguments: Any) -> int:
     """Runs the comparison the command line asks for."""
     options.check_outputs(arguments)
-    llama, gguf = packages()
     rungs = arguments.rungs or (inputs.STOCK, "full")
     settings = cli.ablation_settings(arguments, rungs).checked()
-    if settings.batch != 1 or arguments.context:
-        raise inputs.InputError("llama.cpp is compared at batch 1 and one context: use --prompt")
+    if settings.batch != 1 or arguments.context or settings.sample:
+        raise inputs.InputError(
+            "llama.cpp is compared at batch 1, one context (--prompt) and greedily: expected no "
+            "several --batch, no --context, no --sample"
+        )
+    llama, gguf = packages()
     loaded = harness.load_model(settings.model, settings.dtype, settings.seed)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.gguf"
@@ -194,8 +197,8 @@ def compare(arguments: Any) -> int:
 def main() -> int:
     """Parses the command line and compares."""
     parser = options.Parser(prog="compare_llama_cpp.py")
-    options.add_ablate(parser)
-    parser.set_defaults(model="pythia-160m", run=compare)
+    options.add_ablate(parser, "pythia-160m", "stock,full")
+    parser.set_defaults(run=compare)
     parser.description = (
         "Times llama.cpp on the same weights in the same rounds as stock and rungs."
     )

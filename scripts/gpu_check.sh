@@ -6,6 +6,11 @@
 # within 9 minutes. Exit status: 0 all passed, 1 something failed or was cut off, 2 no GPU.
 # Environment: PYTHON (python3), BUILD (build/gpu).
 set -uo pipefail
+if (($#)); then
+  sed -n '2,/^set /{/^# /s/^# //p}' "$0"
+  [[ $1 == -h || $1 == --help ]]
+  exit $(($? * 2))
+fi
 cd "$(dirname "$0")/.."
 umask 022 # a library that others may write is refused
 python=$(command -v "${PYTHON:-python3}" || echo "${PYTHON:-python3}")

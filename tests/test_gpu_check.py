@@ -78,6 +78,14 @@ def test_what_is_missing_or_cut_off_fails_the_check(tmp_path):
     assert status == 1 and "cut off" in page
 
 
+def test_the_script_says_what_it_does_and_takes_nothing_else(script):
+    for given, status in (("--help", 0), ("-h", 0), ("small", 2)):
+        done = subprocess.run(["bash", script, given], capture_output=True, text=True, check=False)
+        assert done.returncode == status and not done.stderr
+        first, *_, last = done.stdout.splitlines()
+        assert first.startswith("On a machine") and last.startswith("Environment: PYTHON")
+
+
 STUBS = {
     "nvidia-smi": "echo 'GPU 0: stub'",
     # a library for the target that is asked for, and what it was configured with

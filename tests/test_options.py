@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import runpy
+import sys
+from pathlib import Path
+
 import pytest
 
 import hf_fusion
@@ -52,6 +56,20 @@ def test_what_is_asked_about_the_command(line, expected, capsys):
         cli.main(line.split())
     printed = " ".join(capsys.readouterr().out.split())
     assert ended.value.code == 0 and expected in printed
+
+
+def test_the_comparison_with_llama_cpp_has_defaults_of_its_own(monkeypatch, capsys):
+    script = Path(__file__).resolve().parents[1] / "scripts" / "compare_llama_cpp.py"
+    if not script.exists():
+        pytest.skip("the tests run apart from their tree")
+    main = runpy.run_path(str(script))["main"]
+    monkeypatch.setattr(sys, "argv", [script.name, "--help"])
+    with pytest.raises(SystemExit):
+        main()
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "(default pythia-160m)" in printed and "(default stock,full)" in printed
+    monkeypatch.setattr(sys, "argv", [script.name, "--sample"])
+    assert main() == 2 and "no --sample" in capsys.readouterr().err
 
 
 def test_the_longest_seed_is_taken():

@@ -119,17 +119,21 @@ def test_the_command_writes_its_three_files(written, capsys):
 
 
 @pytest.mark.parametrize(
-    "options",
-    [("--threads", "-3"), ("--threads", "0"), ("--seed", str(10**30)), ("--length", "100000"),
-     ("--out", "file"), ("--out", "file/below"), ("--rounds", "-1")],
+    ("options", "expected"),
+    [(("--threads", "-3"), "at least 1"), (("--threads", "0"), "at least 1"),
+     (("--seed", str(10**30)), "at most"), (("--length", "100000"), "at most"),
+     (("--out", "file"), "cannot be made"), (("--out", "file/below"), "cannot be made"),
+     (("--rounds", "-1"), "at least 0"), (("--batch", "x"), "expected one integer"),
+     (("--dtype", "x"), "accepted are fp32, bf16, fp16"), (("--backends", ","), "expected words")],
 )  # fmt: skip
-def test_the_command_refuses_in_one_line(options, tmp_path, monkeypatch, capsys):
+def test_the_command_refuses_in_one_line(options, expected, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     graphs.model("bert").save_pretrained("tiny")
     (tmp_path / "file").touch()
     capsys.readouterr()
     assert main(["graph", "tiny", "--rounds", "0", *options]) == 2
-    assert len(capsys.readouterr().err.splitlines()) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert expected in line
 
 
 def test_a_browser_shows_the_page(written, tmp_path):

@@ -36,13 +36,18 @@ class Parser(argparse.ArgumentParser):
         raise inputs.InputError(message)
 
 
-def add_ablate(parser: argparse.ArgumentParser) -> None:
-    """The options of an ablation or a sweep of two rungs."""
+def add_ablate(
+    parser: argparse.ArgumentParser,
+    model: str = "tiny",
+    rungs: str = "all but compiled, for a sweep stock,full",
+) -> None:
+    """The options of an ablation or a sweep of two rungs; `rungs`: the default as help says it."""
     parser.description = (
-        "Times each rung beside stock in interleaved rounds. A rung without a verdict gets no time."
+        "Times each rung beside stock in interleaved rounds. A rung without a verdict gets no time; "
+        "compiled is stock and needs none."
     )
-    _add_model(parser, "tiny", "bf16")
-    note = f"{_RUNGS}, {inputs.COMPILED}; default all but compiled, for a sweep stock,full"
+    _add_model(parser, model, "bf16")
+    note = f"{_RUNGS}, {inputs.COMPILED} (default {rungs})"
     parser.add_argument("--rungs", type=_words, default=None, metavar="A,B", help=note)
     _add_timing(parser)
     parser.set_defaults(prompt=None)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..harness import encoders, inputs
+from ..harness import encoders, inputs, options
 from .backends import chosen
 from .draw import to_html
 from .inputs import longest_sequence
@@ -24,36 +24,31 @@ def add(parser: argparse.ArgumentParser) -> None:
     )
     note = f"one of {', '.join(encoders.ENCODER_SHAPES)}, a Pythia shape, a folder or a hub id"
     parser.add_argument("model", metavar="MODEL", help=note)
-    parser.add_argument("--dtype", type=inputs.dtype_name, default="fp32", help="(default fp32)")
-    parser.add_argument("--level", choices=LEVELS, default="semantic", help="(default semantic)")
-    note = "back ends by name, the original nodes always last (default all that are registered)"
-    parser.add_argument("--backends", type=inputs.words, default=None, metavar="A,B", help=note)
-    parser.add_argument("--batch", type=int, default=1, metavar="N", help="rows (default 1)")
-    note = "tokens of a sequence (default 128)"
-    parser.add_argument("--length", type=int, default=128, metavar="N", help=note)
+    note = f"{', '.join(inputs.DTYPES)} (default fp32)"
+    dtype = options.told(inputs.dtype_name)
+    parser.add_argument("--dtype", type=dtype, default="fp32", help=note)
+    note = "attention as one operator, or spelled out before it is grouped (default semantic)"
+    parser.add_argument("--level", choices=LEVELS, default="semantic", help=note)
+    note = "native, aten, inductor; the original nodes are always last (default native,aten)"
+    names = options.told(inputs.some_words)
+    parser.add_argument("--backends", type=names, default=None, metavar="A,B", help=note)
+    options.add_count(parser, "--batch", 1, "rows")
+    options.add_count(parser, "--length", 128, "tokens of a sequence")
     parser.add_argument("--mask", action="store_true", help="with an attention mask and padding")
-    note = "rounds of the clock (default 5; 0 measures no time)"
-    parser.add_argument("--rounds", type=int, default=5, metavar="N", help=note)
+    options.add_count(parser, "--rounds", 5, "rounds of the clock, 0 for none", 0)
     parser.add_argument("--compiled", action="store_true", help="also torch.compile of the model")
-    parser.add_argument("--threads", type=int, default=None, metavar="N")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of random weights")
+    options.add_threads(parser)
+    options.add_count(parser, "--seed", 0, "of random weights", 0, inputs.MOST_SEED)
     note = "where report.md, report.json and graph.html go (default graph-MODEL)"
     parser.add_argument("--out", metavar="FOLDER", default=None, help=note)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Runs the command; 0 where every attention layer was found."""
-    if arguments.batch < 1 or arguments.length < 1 or arguments.rounds < 0:
-        raise inputs.InputError("--batch and --length are positive, --rounds is not negative")
-    if abs(arguments.seed) >= 1 << 62:
-        raise inputs.InputError(f"--seed is {arguments.seed}: expected less than 2**62")
-    if arguments.backends == ():
-        raise inputs.InputError("--backends names none, expected A,B")
     chosen(arguments.backends)
     name = arguments.model.rstrip("/").rpartition("/")[2]
     folder = made(Path(arguments.out or f"graph-{name}"))
-    if arguments.threads is not None:
-        torch.set_num_threads(inputs.at_least("--threads", arguments.threads, 1))
+    torch.set_num_threads(inputs.thread_count(arguments.threads))
     loaded, _ = encoders.load_any(arguments.model, arguments.dtype, arguments.seed)
     longest = longest_sequence(getattr(loaded.model, "config", None))
     if arguments.length > longest:
