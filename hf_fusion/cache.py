@@ -42,15 +42,20 @@ def _allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) 
         )
 
 
+def _users(buffers: tuple[torch.Tensor, torch.Tensor]) -> list[int]:
+    """Tensors over each buffer's memory, and what torch itself counts along."""
+    return [torch._C._storage_Use_Count(buffer.untyped_storage()._cdata) for buffer in buffers]
+
+
 class GrowableLayer(DynamicLayer):
     """A DynamicLayer whose tokens lie in buffers with room to grow.
 
     It is packed (buffers and a length) after a fused call and loose (two plain tensors, exactly
     what DynamicLayer would hold) where stock code needs that: gradients, odd shapes, keys or
     values assigned from outside. The next
-    `reserve` packs it again. `keys` and `values` are views of the live tokens. What a caller may
-    have kept of them is never overwritten: removing tokens from a packed layer that has handed out
-    views moves it to new buffers.
+    `reserve` packs it again. `keys` and `values` are views of the live tokens: what is written into
+    them is in the cache until more tokens are appended. Appending gives a caller who still holds
+    such a view the buffers for good, and goes on in new ones, as DynamicLayer does at every token.
     """
 
     _layer_type = None  # a registered type would replace DynamicLayer for every model
@@ -61,7 +66,8 @@ class GrowableLayer(DynamicLayer):
         self.buffers: tuple[torch.Tensor, torch.Tensor] | None = None
         self._loose: list[Any] = [None, None]
         self._started = False
-        self._viewed = False
+        self._viewed = False  # whether `keys` or `values` have been handed out
+        self._unshared: list[int] = []  # users of the buffers' storages where nobody holds a view
         self._spare: tuple[torch.Tensor, torch.Tensor] | None = None
         self._layout: Layout | None = None
         self.native_caches: Any = None  # a back end's structs over the buffers of all layers
@@ -96,14 +102,17 @@ class GrowableLayer(DynamicLayer):
         part of a gradient.
         """
         # the layout is that of the buffers, and none while there are none
-        if self._layout == layout and self._cell.value + tokens <= self._capacity:
+        fits = self._layout == layout and self._cell.value + tokens <= self._capacity
+        if fits and not self._is_held():
             return
         length = self.length
         if length:
             self._check_live(layout)
             old = self._live(length)
         need = length + tokens
-        growth = self._capacity + self._capacity // 2 if self._layout == layout else 0
+        growth = 0
+        if self._layout == layout:
+            growth = self._capacity if fits else self._capacity + self._capacity // 2
         capacity = max(need + _LEAST_GROWTH, growth)
         shape = (layout.batch, layout.heads, capacity, layout.head_dim)
         buffers = _allocate(shape, layout.dtype, layout.device)
@@ -147,7 +156,7 @@ class GrowableLayer(DynamicLayer):
         self.dtype, self.device = buffers[0].dtype, buffers[0].device
         self.buffers = buffers
         self._loose, self._viewed = [None, None], False
-        self._capacity = buffers[0].shape[2]
+        self._capacity, self._unshared = buffers[0].shape[2], _users(buffers)
         self._layout = layout
 
     def _loosen(self) -> None:
@@ -159,6 +168,12 @@ class GrowableLayer(DynamicLayer):
         self._layout, self._spare, self.native_caches = None, None, None
         self.buffers, self._capacity = None, 0
         self._started = started
+
+    def _is_held(self) -> bool:
+        """Whether a view that has been handed out, or one of it, is still there."""
+        if self._viewed:
+            self._viewed = _users(self.buffers) != self._unshared
+        return self._viewed
 
     def _live(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
         if self.buffers is None:
@@ -277,22 +292,10 @@ class GrowableLayer(DynamicLayer):
             return super().crop(tokens_to_remove)
         if tokens_to_remove == 0:
             return None
-        length = self._cell.value
-        left = max(0, length - abs(tokens_to_remove))
         started = self.is_initialized
-        if self._viewed and left < length:
-            self._move(left)
-        self._cell.value, self._started = left, started
+        self._cell.value = max(0, self._cell.value - abs(tokens_to_remove))
+        self._started = started
         return None
-
-    def _move(self, length: int) -> None:
-        """New buffers of the same capacity with the first `length` tokens."""
-        old = self._live(length)
-        buffers = _allocate(tuple(self.buffers[0].shape), self.dtype, self.device)
-        with torch.no_grad():
-            buffers[0][:, :, :length].copy_(old[0])
-            buffers[1][:, :, :length].copy_(old[1])
-        self._pack(buffers, length, self._layout)
 
     def reset(self) -> None:
         """Forgets everything, as DynamicLayer does."""
@@ -310,15 +313,17 @@ class GrowableLayer(DynamicLayer):
             self._loosen()
             return super().reorder_cache(beam_idx)
         index = beam_idx.to(self.device)
-        if index.device.type == "cpu" and index.tolist() == list(range(batch)):
+        held = self._is_held()
+        if not held and index.device.type == "cpu" and index.tolist() == list(range(batch)):
             return None
-        spare = self._spare or _allocate(tuple(self.buffers[0].shape), self.dtype, self.device)
+        spare, self._spare = self._spare, None
+        spare = spare or _allocate(tuple(self.buffers[0].shape), self.dtype, self.device)
         with torch.no_grad():
             for source, target in zip(self._live(length), spare, strict=True):
                 torch.index_select(source, 0, index, out=target[:, :, :length])
-        old, viewed = self.buffers, self._viewed
-        self.buffers = spare
-        self._spare, self._viewed = (None if viewed else old), False
+        old, self.buffers = self.buffers, spare
+        self._unshared, self._viewed = _users(spare), False
+        self._spare = None if held else old
         return None
 
     def batch_repeat_interleave(self, repeats: int) -> None:
