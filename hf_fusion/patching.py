@@ -30,6 +30,7 @@ _PASSING = {
 }
 # heads whose softmax runs over positions, padding among them
 _SCORING_PADDING = "ForQuestionAnswering"
+_REPLICATE = "_replicate_for_data_parallel"
 
 
 def patch(
@@ -113,6 +114,7 @@ def unpatch(model: nn.Module) -> None:
             elif slot == "forward" and type(handle) is str and _left_by_pickle(module, value):
                 del namespace[slot]
         if handle is not None:
+            namespace.pop(_REPLICATE, None)
             del namespace[KEY]
 
 
@@ -182,8 +184,22 @@ def _install_one(module: nn.Module, state: State, level: str) -> None:
     if _is_replaced(module):
         return
     slot = "_old_forward" if "_old_forward" in namespace else "forward"
+    if slot == "forward":
+        namespace[_REPLICATE] = MethodType(_replicate_for_data_parallel, module)
     namespace[KEY] = Handle(state, level, namespace.get(slot))
     namespace[slot] = MethodType(forward_for(type(module), level, state.fusion == "none"), module)
+
+
+def _replicate_for_data_parallel(self: nn.Module) -> nn.Module:
+    """The module on another device for one call of nn.DataParallel, with a forward of its own: the
+    replica's weights are no parameters, so it runs stock and counts that.
+    """
+    replica = getattr(type(self), _REPLICATE)(self)
+    namespace = vars(replica)
+    del namespace[_REPLICATE]
+    namespace[KEY] = Handle(namespace[KEY].state, namespace[KEY].level)
+    namespace["forward"] = MethodType(namespace["forward"].__func__, replica)
+    return replica
 
 
 def _examine(model: nn.Module, state: State) -> Report:

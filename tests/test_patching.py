@@ -15,6 +15,7 @@ import pytest
 import torch
 from pairs import RUNGS, answers, assert_same, generate, noted, pair, tokens
 from torch import nn
+from torch.nn.parallel.replicate import replicate
 from transformers import (
     DynamicCache,
     GPTNeoXForCausalLM,
@@ -179,6 +180,28 @@ def test_a_deep_copy_is_patched_for_itself(fusion):
     assert bool(noted(other).fused) == (fusion != "none")
     hf_fusion.unpatch(other)
     assert not any("_hf_fusion" in vars(m) or "forward" in vars(m) for m in other.modules())
+
+
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_replicas_of_data_parallel_run_for_themselves(fusion, monkeypatch):
+    """By torch's own replicate, onto two devices that are both the CPU."""
+    monkeypatch.setitem(replicate.__globals__, "_get_device_index", lambda device, optional: device)
+    monkeypatch.setitem(
+        replicate.__globals__, "_broadcast_coalesced_reshape",
+        lambda tensors, devices, detach: [[t.detach().clone() for t in tensors] for _ in devices],
+    )  # fmt: skip
+    model, stock = pair(5, fusion)
+    before = picture(model)
+    replicas = replicate(model, [0, 1])
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    for replica in replicas:
+        assert_same(answers(replica), answers(stock), fusion)
+    counters = noted(model)
+    assert counters.fused == 0
+    assert set(counters.refused) == ({Reason.TENSOR_TYPE.value} if fusion != "none" else set())
+    assert picture(model) == before
 
 
 @pytest.mark.parametrize("fusion", FUSIONS)
