@@ -178,6 +178,9 @@ def test_casts_and_copies_are_refused_and_leave_the_model_alone(frozen, change):
      (Reason.OUT_OF_RANGE, lambda m: fuse(m, {"input_ids": _ids() + 1000})),
      (Reason.ARGUMENT, lambda m: fuse(m, shapes=1).measure(rounds=-1)),
      (Reason.ARGUMENT, lambda m: fuse(m, shapes=1).measure(rounds=1.5)),
+     (Reason.ARGUMENT, lambda m: fuse(m, shapes=1).measure(against=("sdpa", "spda"))),
+     (Reason.ARGUMENT, lambda m: fuse(m, shapes=1).measure(against="sdpa")),
+     (Reason.ARGUMENT, lambda m: fuse(m, shapes=1).save(__file__)),
      (Reason.INPUT, lambda m: fuse(m, shapes=1).measure(_ids()))],
 )  # fmt: skip
 def test_values_that_are_not_accepted_are_one_error(reason, call):

@@ -223,16 +223,22 @@ def checkpoint(
     path: str, name: str, dtype: str, auto: Any = None
 ) -> tuple[nn.Module, Any | None]:
     """Model and tokenizer (None without a usable one) at `path`, called `name` in errors; `auto` is
-    the auto class, by default that of causal language models.
+    the auto class, by default that of causal language models. A weight that the checkpoint lacks is
+    an InputError: it would be a random one.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
-        model = (auto or AutoModelForCausalLM).from_pretrained(
-            path, dtype=DTYPES[dtype], trust_remote_code=False
+        model, loading = (auto or AutoModelForCausalLM).from_pretrained(
+            path, dtype=DTYPES[dtype], trust_remote_code=False, output_loading_info=True
         )
     except Exception as error:  # a damaged file raises whatever its reader does
         raise unloadable(name, error) from None
+    # a checkpoint with another head has no pooler, which nothing here asks for an answer
+    lost = sorted(k for k in loading["missing_keys"] if not (auto and k.startswith("pooler.")))
+    if lost:
+        more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
+        raise unloadable(name, ValueError(f"its weights lack {', '.join(lost[:3])}{more}"))
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (

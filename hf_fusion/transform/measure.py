@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..report import FusionError, Reason
 from . import meter
@@ -45,7 +46,8 @@ def compare(
     inputs: named arguments, the captured ones by default. compiled: also torch.compile of the model
     as it is, with the calls in the code it generated for kernels. rounds: interleaved rounds of the
     clock, none by default. beside: more calls to measure, by name. The result is kept in
-    `report.measured`. FusionError for inputs without names and rounds that are not counted.
+    `report.measured`. FusionError for inputs without names, implementations that transformers does
+    not know and rounds that are not counted.
     """
     if inputs is not None and not isinstance(inputs, Mapping):
         raise FusionError(
@@ -53,6 +55,11 @@ def compare(
         )
     if type(rounds) is not int or rounds < 0:
         raise FusionError(Reason.ARGUMENT, f"rounds is {rounds!r}, expected 0 or more")
+    known = ("eager", *ALL_ATTENTION_FUNCTIONS)
+    if not isinstance(against, (tuple, list)) or not set(against) <= set(known):
+        raise FusionError(
+            Reason.ARGUMENT, f"against is {against!r}, expected names of {', '.join(known)}"
+        )
     model = fused.original
     arguments = {**arguments_of(fused), **(inputs or {})}
     calls: dict[str, Callable[[], Any]] = {"fused": lambda: fused(**arguments)}

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -54,9 +55,10 @@ _has_kernel = torch._C._dispatch_has_kernel
 
 
 def save(fused: FusedModel, folder: Any) -> None:
-    """Writes `fused` to the folder, which is made; FusionError where a node cannot be written."""
+    """Writes `fused` to the folder, which is made; FusionError where a node, or a file, cannot be
+    written.
+    """
     captured, folder = fused.captured, Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     source, signature = captured.graph_module, captured.signature
     targets = {node.target for node in source.graph.nodes if node.op == "get_attr"}
     weights = {f"weight.{name}": attribute(source, name) for name in sorted(targets)}
@@ -66,9 +68,7 @@ def save(fused: FusedModel, folder: Any) -> None:
     leaves = pytree.tree_leaves(expected)
     weights |= {f"expected.{i}": t for i, t in enumerate(leaves) if isinstance(t, Tensor)}
     # views of packed weights become tensors of their own: the model's layout
-    save_file(
-        {name: t.detach().clone().contiguous() for name, t in weights.items()}, folder / WEIGHTS
-    )
+    weights = {name: t.detach().clone().contiguous() for name, t in weights.items()}
     described = {
         "format": FORMAT,
         "model": fused.report.model,
@@ -90,7 +90,15 @@ def save(fused: FusedModel, folder: Any) -> None:
         "output": pytree.treespec_dumps(captured.output_spec),
         "output_modules": sorted(_modules_of(captured.output_spec)),
     }
-    (folder / GRAPH).write_text(json.dumps(described, indent=1), encoding="utf-8")
+    text = json.dumps(described, indent=1)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(weights, folder / WEIGHTS)
+        (folder / GRAPH).write_text(text, encoding="utf-8")
+    except (OSError, SafetensorError) as error:
+        raise FusionError(
+            Reason.ARGUMENT, f"{folder} cannot be written: {_line(error)}"
+        ) from error
 
 
 def load(folder: Any, backends: tuple[str, ...] | None = None) -> FusedModel:
