@@ -16,9 +16,14 @@ from typing import Any, NamedTuple
 
 import torch
 from transformers.cache_utils import DynamicLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from .report import FusionError, Reason
 
+# under which name models and generate() take a cache, and outputs return it: `cache` since
+# transformers 5.24, where models still take it under the old one
+OLD_NAME = "past_key_values"
+CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else OLD_NAME
 _LEAST_GROWTH = 64  # tokens
 # earlier versions of transformers crop to a length where later ones remove a number of tokens
 _CROPS_BY_COUNT = "tokens_to_remove" in inspect.signature(DynamicLayer.crop).parameters
@@ -81,8 +86,8 @@ class GrowableLayer(DynamicLayer):
         self = cls()
         self._loose = [layer.keys, layer.values]
         self._started = layer.is_initialized
-        if layer.is_initialized:
-            self.dtype, self.device = layer.dtype, layer.device
+        # which of the two an initialised layer has depends on the release
+        vars(self).update({k: v for k, v in vars(layer).items() if k in ("dtype", "device")})
         return self
 
     # What a back end uses

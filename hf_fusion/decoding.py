@@ -22,7 +22,7 @@ from transformers.generation import GenerateDecoderOnlyOutput, GenerationMixin
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.utils import GENERATION_MODES_MAPPING
 
-from .cache import GrowableLayer
+from .cache import CACHE, GrowableLayer
 from .forwards import KEY, Handle
 from .generation import Loop
 from .report import FusionError, Reason
@@ -30,7 +30,7 @@ from .sampling import Sampler
 
 _CHECK_EVERY = 16  # tokens between two looks at the ends of rows
 _ARGUMENTS = {
-    "attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep",
+    "attention_mask", "position_ids", CACHE, "use_cache", "logits_to_keep",
     "cache_position",  # before transformers 5.4: of the prompt, counting on from the cache
 }  # fmt: skip
 # how generate() turns its state into a call, and the call's outputs into its state
@@ -99,7 +99,7 @@ def _plan(model, ids: torch.Tensor, processors, criteria, config: Any, call: dic
         _refuse(f"max_length is {limit} for {tuple(ids.shape)} tokens")
     if config.prefill_chunk_size is not None:
         _refuse(f"prefill_chunk_size is {config.prefill_chunk_size}")
-    cache, mask = call.get("past_key_values"), call.get("attention_mask")
+    cache, mask = call.get(CACHE), call.get("attention_mask")
     if type(cache) is not DynamicCache or not call.get("use_cache"):
         raise FusionError(
             Reason.CACHE_TYPE, f"the cache is a {type(cache).__name__}, expected a DynamicCache"
@@ -156,7 +156,7 @@ def custom_generate(
 
 
 def _run(model, input_ids, plan: _Plan, config: Any, streamer: Any, call: dict) -> Any:
-    mask, pad, cache = call.get("attention_mask"), config._pad_token_tensor, call["past_key_values"]
+    mask, pad, cache = call.get("attention_mask"), config._pad_token_tensor, call[CACHE]
     loop = Loop(
         model, input_ids, torch.ones_like(input_ids) if mask is None else mask, plan.steps,
         plan.sampler, None, plan.eos, 0 if pad is None else int(pad), streamer, cache,
@@ -170,7 +170,7 @@ def _run(model, input_ids, plan: _Plan, config: Any, streamer: Any, call: dict) 
         cache.crop(-further)
     if not config.return_dict_in_generate:
         return tokens
-    return GenerateDecoderOnlyOutput(sequences=tokens, past_key_values=cache)
+    return GenerateDecoderOnlyOutput(sequences=tokens, **{CACHE: cache})
 
 
 def _own_method(model, input_ids, processors, criteria, config, call, inputs_tensor, streamer):

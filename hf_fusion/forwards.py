@@ -20,7 +20,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 
 from . import streams
 from .binding import LayerBinding, ModelBinding
-from .cache import Layout
+from .cache import CACHE, Layout
 from .guard import (
     check_autocast,
     check_environment,
@@ -49,8 +49,8 @@ UNPICKLED = "the patch was removed by pickling; call hf_fusion.patch again"
 
 _is_compiling = torch.compiler.is_compiling
 _local = threading.local()
-_causal_lm_output = builder(CausalLMOutputWithPast, "logits", "past_key_values")
-_base_output = builder(BaseModelOutputWithPast, "last_hidden_state", "past_key_values")
+_causal_lm_output = builder(CausalLMOutputWithPast, "logits", CACHE)
+_base_output = builder(BaseModelOutputWithPast, "last_hidden_state", CACHE)
 
 
 class State:

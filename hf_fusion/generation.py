@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from transformers import DynamicCache, StaticCache
 
+from .cache import CACHE
 from .forwards import native_steps
 from .patching import stats
 from .report import FusionError, Reason
@@ -88,7 +89,7 @@ class Loop:
             "input_ids": self.ids,
             "attention_mask": self.mask[:, :keys],
             "position_ids": self.positions,
-            "past_key_values": self.cache,
+            CACHE: self.cache,
             "use_cache": True,
             "logits_to_keep": 1,
             "return_dict": True,

@@ -26,6 +26,7 @@ from .arguments import (
     check_rope,
 )
 from .binding import LayerBinding, ModelBinding
+from .cache import CACHE, OLD_NAME
 from .registry import EncoderCalls
 from .report import FusionError, Reason
 from .slots import StaticSlot, common_length, upgrade
@@ -43,7 +44,7 @@ _autocast = torch.is_autocast_enabled
 
 # num_items_in_batch, which Trainer passes down, is for losses alone
 _MODEL_ARGUMENTS = {
-    "input_ids", "attention_mask", "position_ids", "inputs_embeds", "past_key_values", "use_cache",
+    "input_ids", "attention_mask", "position_ids", "inputs_embeds", CACHE, OLD_NAME, "use_cache",
     "return_dict", "output_attentions", "output_hidden_states", "is_causal", "labels",
     "logits_to_keep", "cache_position", "num_items_in_batch",
 }  # fmt: skip
@@ -131,7 +132,7 @@ def read_model_call(binding: ModelBinding, call: dict[str, Any], config: dict) -
     if torch.is_grad_enabled():
         check_gradients([*binding.watch.tensors, embeds, get("attention_mask")])
 
-    cache = get("past_key_values")
+    cache = get(CACHE, get(OLD_NAME))
     if cache is None:
         use_cache = get("use_cache")
         if use_cache if use_cache is not None else vars(binding.config).get("use_cache"):

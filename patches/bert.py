@@ -38,8 +38,9 @@ _LINEAR = "torch.nn.modules.linear:Linear"
 _LAYER_NORM = "torch.nn.modules.normalization:LayerNorm"
 _DROPOUT = "torch.nn.modules.dropout:Dropout"
 _ARGUMENTS = ("input_ids", "token_type_ids", "position_ids", "inputs_embeds")
+# past_key_values before transformers 5.24, cache from there on
 _DECODING = (
-    "encoder_hidden_states", "encoder_attention_mask", "past_key_values", "use_cache",
+    "encoder_hidden_states", "encoder_attention_mask", "past_key_values", "cache", "use_cache",
 )  # fmt: skip
 _MODULE_FUNCTIONS = ("eager_attention_forward", "apply_chunking_to_forward")
 
@@ -108,7 +109,7 @@ def register(name: str, prefix: str) -> Family:
                 if kind is not None:
                     expected = kind if ":" in kind else f"{modeling}:{prefix}{kind}"
                     expect_type(f"{shown}.{child}", module._modules[child], expected)
-        expect_parameters("the layer", layer, ("hidden_states", "attention_mask", *_DECODING[:3]))
+        expect_parameters("the layer", layer, ("hidden_states", "attention_mask", *_DECODING[:4]))
         inner, first, second = layer.attention.self, layer.attention.output, layer.output
         hidden, head_dim = first.LayerNorm.normalized_shape[-1], inner.attention_head_size
         up = layer.intermediate

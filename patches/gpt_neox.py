@@ -45,14 +45,15 @@ _LAYER_CHILDREN = {
     "attention": f"{_MODELING}:GPTNeoXAttention",
     "mlp": f"{_MODELING}:GPTNeoXMLP",
 }
-# parameters of the forwards; cache_position is one of releases before 5.4
+# parameters of the forwards; cache_position is one of releases before 5.4, past_key_values before
+# 5.24, cache from there on
 _LAYER_PARAMETERS = (
     "hidden_states", "attention_mask", "position_ids", "use_cache", "layer_past",
     "position_embeddings", "cache_position",
 )  # fmt: skip
 _BASE_PARAMETERS = (
-    "input_ids", "attention_mask", "position_ids", "inputs_embeds", "past_key_values", "use_cache",
-    "cache_position",
+    "input_ids", "attention_mask", "position_ids", "inputs_embeds", "past_key_values", "cache",
+    "use_cache", "cache_position",
 )  # fmt: skip
 _LM_PARAMETERS = (*_BASE_PARAMETERS, "labels", "logits_to_keep")
 # functions that the classes above call and that others are known to replace

@@ -22,6 +22,7 @@ from transformers import DynamicCache, StaticCache
 
 import hf_fusion
 from hf_fusion import native
+from hf_fusion.cache import CACHE
 from hf_fusion.forwards import KEY
 
 from . import machine, models
@@ -111,7 +112,7 @@ def decoded(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor, static: boo
     for past, end in [(0, total - STEPS)] + [(n, n + 1) for n in range(total - STEPS, total)]:
         logits = model(
             ids[:, past:end], attention_mask=mask[:, :end], position_ids=positions[:, past:end],
-            past_key_values=cache, use_cache=True, logits_to_keep=1,
+            use_cache=True, logits_to_keep=1, **{CACHE: cache},
         ).logits  # fmt: skip
         out.append(logits[:, -1:].float())
     return torch.cat(out[1:], 1)
@@ -187,13 +188,13 @@ def per_replay(model: nn.Module, context: int, replays: int = 64) -> float:
     """Milliseconds of one step of a StaticCache, recorded by torch.cuda.graph and replayed."""
     ids, _ = _inputs(context, 1, False)
     cache = StaticCache(config=model.config, max_cache_len=context + replays + 8)
-    model(ids[:, :context], past_key_values=cache, logits_to_keep=1)
+    model(ids[:, :context], logits_to_keep=1, **{CACHE: cache})
     token = ids[:, :1].clone()
     for _ in range(3):
-        model(token, past_key_values=cache)
+        model(token, **{CACHE: cache})
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        model(token, past_key_values=cache)
+        model(token, **{CACHE: cache})
     graph.replay()
 
     def replay() -> None:
@@ -292,9 +293,9 @@ def small(record: Record, head_dims: Sequence[int] = HEAD_DIMS) -> None:
             with rung(model, name) as stats, torch.no_grad():
                 cache = StaticCache(config=config, max_cache_len=40)
                 ids = torch.arange(68, device="cuda").view(2, 34)
-                model(ids[:, :30], past_key_values=cache)
+                model(ids[:, :30], **{CACHE: cache})
                 finite = [
-                    bool(model(ids[:, n : n + 1], past_key_values=cache).logits.isfinite().all())
+                    bool(model(ids[:, n : n + 1], **{CACHE: cache}).logits.isfinite().all())
                     for n in range(30, 34)
                 ]
                 record.add(head_dim=head_dim, rung=name, passed=all(finite) and stats.fused > 0)

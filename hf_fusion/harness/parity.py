@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from hf_fusion.cache import CACHE
+
 from .inputs import STOCK
 from .timing import applied
 
@@ -135,11 +137,11 @@ def logits_along(
     cache = DynamicCache(config=model.config)
     keep = min(prompt.shape[1], PROMPT_ROWS)
     parts = [
-        model(input_ids=prompt, past_key_values=cache, use_cache=True, logits_to_keep=keep).logits
+        model(input_ids=prompt, use_cache=True, logits_to_keep=keep, **{CACHE: cache}).logits
     ]
     for index in range(continuation.shape[1]):
         token = continuation[:, index : index + 1]
-        parts.append(model(input_ids=token, past_key_values=cache, use_cache=True).logits)
+        parts.append(model(input_ids=token, use_cache=True, **{CACHE: cache}).logits)
     return torch.cat(parts, 1)
 
 

@@ -17,6 +17,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from hf_fusion.cache import CACHE
+
 from . import machine
 from .inputs import (
     COMPILED,
@@ -242,7 +244,7 @@ def _decoded_losses(model: nn.Module, windows: torch.Tensor) -> list[torch.Tenso
     losses = []
     for at in range(windows.shape[1] - 1):
         logits = model(
-            input_ids=windows[:, at : at + 1], past_key_values=cache, use_cache=True
+            input_ids=windows[:, at : at + 1], use_cache=True, **{CACHE: cache}
         ).logits
         losses.append(_losses(logits, windows[:, at + 1 : at + 2]))
     return losses

@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 import hf_fusion
+from hf_fusion.cache import CACHE
 
 from .inputs import COMPILED, STOCK, InputError, unaccepted
 
@@ -212,7 +213,7 @@ def forward_loop(
     for _ in range(new_tokens):
         begin = time.perf_counter()
         logits = model(
-            input_ids=fed, past_key_values=cache, use_cache=True, logits_to_keep=1
+            input_ids=fed, use_cache=True, logits_to_keep=1, **{CACHE: cache}
         ).logits
         times.append(time.perf_counter() - begin)
         fed = logits[:, -1:].argmax(-1)

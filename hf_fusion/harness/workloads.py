@@ -13,6 +13,8 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
+from hf_fusion.cache import CACHE
+
 from .encoders import DECODER, IMAGE, TEXT
 from .inputs import InputError, at_least
 from .models import LoadedModel, prompts
@@ -171,7 +173,7 @@ class Entry(nn.Module):
             return self.model(input_ids=ids, attention_mask=mask).last_hidden_state
         cache = _FirstCache()
         output = self.model(
-            input_ids=tensors[0], past_key_values=cache, use_cache=True, logits_to_keep=1
+            input_ids=tensors[0], use_cache=True, logits_to_keep=1, **{CACHE: cache}
         )
         return (output.logits, *cache.kept)
 
