@@ -9,8 +9,6 @@
 
 namespace hff {
 
-constexpr int64_t kMaxThreads = 255;
-
 #define HFF_REQUIRE(condition, ...)                                 \
   do {                                                              \
     if (!(condition)) return ::hff::fail(HFF_INVALID, __VA_ARGS__); \
@@ -45,8 +43,8 @@ inline hff_status check_dtype(int32_t dtype) {
 }
 
 inline hff_status check_threads(int32_t threads) {
-  HFF_REQUIRE(threads >= 1 && threads <= kMaxThreads, "threads is %d, expected 1 to %lld", threads,
-              shown(kMaxThreads));
+  HFF_REQUIRE(threads >= 1 && threads <= HFF_MAX_THREADS, "threads is %d, expected 1 to %d",
+              threads, HFF_MAX_THREADS);
   return HFF_OK;
 }
 

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 
 from . import native, streams
+from .packing import team_width
 from .report import FusionError, Reason
 from .structs import DTYPES
 
@@ -134,7 +135,7 @@ def _call(query, key, value, kernel, mask, causal, window, scale, blocks):
     out = query.new_empty((batch, queries, heads, dim))
     call = native.sized(native.AttendIo)
     call.kernel, call.dtype = native.ATTENDS[kernel], DTYPES[query.dtype]
-    call.threads, call.causal, call.window = torch.get_num_threads(), causal, window
+    call.threads, call.causal, call.window = team_width(), causal, window
     call.device, call.ordinal = native.DEVICES[query.device.type], query.device.index or 0
     call.stream = streams.current(query.device)
     call.batch, call.heads, call.kv_heads, call.head_dim = batch, heads, key.shape[1], dim

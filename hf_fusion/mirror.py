@@ -7,6 +7,7 @@ from ctypes import POINTER, c_char, c_double, c_float, c_int32, c_int64, c_uint6
 
 ABI_VERSION = 8
 MAX_HEAD_DIM = 256
+MAX_THREADS = 255
 SAMPLED_ROWS = 8
 
 OK, INVALID, UNSUPPORTED, OUT_OF_MEMORY, OUT_OF_RANGE, INTERNAL = range(6)

@@ -18,6 +18,11 @@ from . import native
 _LINE = 64
 
 
+def team_width() -> int:
+    """Threads of a native call: torch's, as many as one takes."""
+    return min(torch.get_num_threads(), native.MAX_THREADS)
+
+
 def packed_size(dtype: int, rows: int, cols: int) -> int:
     """Bytes that the panels of a matrix take in a PackedWeights."""
     precision = native.PRECISIONS[torch.get_float32_matmul_precision()] if dtype == native.F32 else 0
@@ -34,6 +39,7 @@ class PackedWeights:
         library = native.load()
         self._library, self._weights, self._dtype = library, weights, dtype
         self._isa, self._precision = native.isa(), self._precision_now()
+        threads = team_width()
         sizes = [library.hff_packed_bytes(dtype, self._precision, n.rows, n.cols) for n in linears]
         self.bytes = sum(-(-size // _LINE) * _LINE for size in sizes)
         self._buffer = torch.empty(self.bytes + _LINE, dtype=torch.uint8)
@@ -43,9 +49,7 @@ class PackedWeights:
             plain = native.Linear.from_buffer_copy(linear)
             plain.packed = native.Buffer()
             native.check(
-                library.hff_pack(
-                    ctypes.byref(plain), dtype, self._precision, torch.get_num_threads(), linear.packed
-                )
+                library.hff_pack(ctypes.byref(plain), dtype, self._precision, threads, linear.packed)
             )
             at += -(-size // _LINE) * _LINE
         self._sampled = (native.Linear * len(linears))(*linears)

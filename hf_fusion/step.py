@@ -13,7 +13,7 @@ import torch
 
 from . import native
 from .frame import Frame, Frames, framed
-from .packing import packed_size
+from .packing import packed_size, team_width
 from .report import FusionError, Reason
 from .rope import rope_of_call
 from .sampling import Sampler
@@ -80,7 +80,7 @@ class CpuBackend:
         """Fills the hff_call; returns what must stay alive until the native call returns."""
         frame = self._frame
         call = frame.call
-        call.dtype, call.threads = DTYPES[block.dtype], torch.get_num_threads()
+        call.dtype, call.threads = DTYPES[block.dtype], team_width()
         call.batch, call.queries = batch, queries
         call.causal = block.spec.attention.causal
         call.precision = native.PRECISIONS[torch.get_float32_matmul_precision()]

@@ -88,7 +88,7 @@ def test_constants_equal_the_header_s():
     assert mirrored.pop("QKV_SEPARATE") == mirrored["QKV_STACKED"]
     assert mirrored == header
     defines = dict(re.findall(r"#define HFF_(\w+) (\d+)", CODE))
-    assert set(defines) == {"ABI_VERSION", "MAX_HEAD_DIM", "SAMPLED_ROWS"}
+    assert set(defines) == {"ABI_VERSION", "MAX_HEAD_DIM", "MAX_THREADS", "SAMPLED_ROWS"}
     for name, value in defines.items():
         assert getattr(native, name) == int(value)
 

@@ -13,6 +13,8 @@ import torch
 from pairs import generate, noted, pair
 
 import hf_fusion
+from hf_fusion import native
+from hf_fusion.attend import plan
 
 THREADS, PROMPTS = 8, 10
 HERE = Path(__file__).parent
@@ -276,3 +278,28 @@ def test_processes_of_multiprocessing(method, count, tmp_path, trials):
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     assert json.loads(done.stdout.splitlines()[-1]) == ["same"] * count
     trials(count)
+
+
+def test_a_team_is_no_wider_than_the_library_takes(monkeypatch):
+    """torch has hundreds of threads on machines of as many cores; calls here run on one of them."""
+    library, asked = native.load(), []
+    forward, pack = library.hff_model_forward, library.hff_pack
+
+    def narrow_forward(call, *others):
+        asked.append(call._obj.threads)
+        call._obj.threads = 1
+        return forward(call, *others)
+
+    def narrow_pack(linear, dtype, precision, threads, packed):
+        asked.append(threads)
+        return pack(linear, dtype, precision, 1, packed)
+
+    monkeypatch.setattr(library, "hff_model_forward", narrow_forward)
+    monkeypatch.setattr(library, "hff_pack", narrow_pack)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 300)
+    model, _ = pair(fusion=None)
+    hf_fusion.patch(model, packed=True)
+    with torch.no_grad():
+        model(torch.tensor([[3, 4, 5]]))
+    assert len(asked) > 1 and set(asked) == {native.MAX_THREADS}
+    plan(*torch.randn(3, 1, 2, 5, 8))

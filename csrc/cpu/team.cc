@@ -25,8 +25,8 @@
 namespace hff {
 namespace {
 
-constexpr int kMaxWorkers = 255;
 constexpr int kIdleSpins = 2000;
+static_assert(HFF_MAX_THREADS < 256, "a ticket has eight bits of width");
 
 struct Team {
   std::mutex owner;  // held by the caller whose job runs
@@ -181,7 +181,7 @@ void run_on_team(int width, TeamFunction function, void* context, Barrier* barri
   Team* team = width > 1 ? the_team() : nullptr;
   if (team == nullptr || !team->owner.try_lock()) return function(context, 0, 1);
   std::lock_guard<std::mutex> owned(team->owner, std::adopt_lock);
-  if (width > kMaxWorkers) width = kMaxWorkers;
+  if (width > HFF_MAX_THREADS) width = HFF_MAX_THREADS;
   if (const OpenMp* openmp = g_openmp.load(std::memory_order_acquire)) {
     Job job{function, context, barrier, float_mode()};
     return openmp->parallel(run_openmp, &job, static_cast<unsigned>(width), 0);

@@ -19,6 +19,7 @@ extern "C" {
 
 #define HFF_ABI_VERSION 8
 #define HFF_MAX_HEAD_DIM 256
+#define HFF_MAX_THREADS 255
 #define HFF_SAMPLED_ROWS 8
 
 #if defined(_WIN32)
@@ -138,7 +139,7 @@ typedef struct {
 typedef struct {
   uint64_t struct_size;
   int32_t dtype;      /* HFF_F32, HFF_BF16, HFF_F16 */
-  int32_t threads;    /* width of the thread team, caller included; at least 1 */
+  int32_t threads;    /* width of the thread team, caller included; 1 to HFF_MAX_THREADS */
   int64_t batch, queries;
   int32_t causal;     /* 1: query i sees keys 0 .. length + i; 0: all length + queries keys */
   int32_t precision;  /* HFF_PRECISION_* */

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from .. import native
+from ..packing import team_width
 from ..report import FusionError
 from ..step import CpuBackend
 from ..structs import DTYPES, _linear, buffer
@@ -47,7 +48,7 @@ class NativeLinear(nn.Module):
             x = x.contiguous()
             out = x.new_empty((*x.shape[:-1], self._struct.rows))
             io = native.sized(native.LinearIo)
-            io.dtype, io.threads = DTYPES[self._dtype], torch.get_num_threads()
+            io.dtype, io.threads = DTYPES[self._dtype], team_width()
             io.rows, io.activation = x.numel() // self._struct.cols, self._activation
             io.precision, io.x, io.out = _precision(), buffer(x), buffer(out)
             native.check(
@@ -88,7 +89,7 @@ class NativeNorm(nn.Module):
             source = x.contiguous()
             out = torch.empty_like(source)
             io = native.sized(native.NormIo)
-            io.dtype, io.threads = DTYPES[x.dtype], torch.get_num_threads()
+            io.dtype, io.threads = DTYPES[x.dtype], team_width()
             io.hidden = x.shape[-1]
             io.rows, io.x, io.out = x.numel() // io.hidden, buffer(source), buffer(out)
             native.check(
