@@ -330,8 +330,8 @@ HFF_API int32_t hff_abi_version(void);
  * the end */
 HFF_API uint64_t hff_struct_size(int32_t index);
 HFF_API const char* hff_last_error(void);
-/* Bytes of scratch that the last call of this thread took, for all its threads; it gives back what
- * exceeds a megabyte. */
+/* Bytes of scratch that the last call of this thread took, for all its threads. For the next, a call
+ * of few rows keeps them, of many rows a megabyte at most, hff_attend 64. */
 HFF_API int64_t hff_scratch_bytes(void);
 
 /* Instruction sets in rising order. name: "scalar", "avx2", "avx512", "avx512_bf16",
