@@ -13,7 +13,8 @@ HFF_INLINE F load_tail(const T* x, int64_t n) {
 }
 
 // Index of the largest of n >= 1 elements. Blocks are compared by vectors and the winning one is
-// searched; a row that holds NaN or +Inf is searched as a whole.
+// searched. As a whole is a row that holds NaN or +Inf, or whose largest is not found: in a mode
+// that flushes denormals, the portable load takes those of f16 as zero.
 template <class T>
 static int64_t largest_index(const T* x, int64_t n) {
   constexpr int64_t kBlock = 64 * kLanes;
@@ -32,9 +33,9 @@ static int64_t largest_index(const T* x, int64_t n) {
     const float most = largest(block);
     if (most > best) best = most, at = i;
   }
-  if (largest(unbounded) == 0.0f) {
-    while (to_float(x[at]) != best) ++at;
-    return at;
+  const bool bounded = largest(unbounded) == 0.0f;
+  for (int64_t i = at; bounded && i < n; ++i) {
+    if (to_float(x[i]) == best) return i;
   }
   at = 0;
   for (int64_t i = 0; i < n; ++i) {

@@ -35,8 +35,10 @@ HFF_INLINE float to_float(f16 x) {
   if (body >= 0x7c00) {  // inf, NaN
     return bits_to_float(sign | 0x7f800000 | (body & 0x3ff) << 13 | (body > 0x7c00 ? 1u << 22 : 0));
   }
-  // The exponent is rebiased by an exact multiplication, which also normalises subnormals.
-  return bits_to_float(sign | float_to_bits(bits_to_float(body << 13) * 0x1p112f));
+  // A subnormal goes by way of an integer: the caller's mode may take denormal floats as zero.
+  const float value =
+      body < 0x400 ? static_cast<float>(body) * 0x1p-24f : bits_to_float((body << 13) + 0x38000000);
+  return bits_to_float(sign | float_to_bits(value));
 }
 HFF_INLINE void from_float(float x, float* out) { *out = x; }
 HFF_INLINE void from_float(float x, bf16* out) {

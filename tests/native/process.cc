@@ -76,6 +76,12 @@ std::string call_in_child(std::vector<Known>& all) {
   return WEXITSTATUS(status) == 0 ? "" : "the child computed something else";
 }
 
+void shrink(const LinearData& head) {
+  for (const Array& all : {head.weight, head.bias}) {
+    for (int64_t i = 0; i < all.count; ++i) all.set(i, all.get(i) * 0x1p-16);
+  }
+}
+
 }  // namespace
 
 bool run_host(const Options& options, const std::string& isa) {
@@ -88,6 +94,8 @@ bool run_host(const Options& options, const std::string& isa) {
     tally.begin(seed, kernel.name);
     const auto c = kernel.make(random, Design{});
     tally.describe(c->shape());
+    // denormal logits of f16, which are normal numbers to whom takes those of fp32 as zero
+    if (c->dtype() == HFF_F16 && c->chosen.next) shrink(*c->linears().back());
     c->seal();
     const int mode = rounding[random.range(0, 3)];
     std::fesetround(mode);
@@ -98,6 +106,7 @@ bool run_host(const Options& options, const std::string& isa) {
     // Threads take the mode of their caller: the bits do not depend on how many there are.
     std::string failure = call_checked(*c, 0, c->independent_rows(), 1);
     if (failure.empty()) failure = check_same_bits(*c, c->arena.outputs(), 2);
+    if (failure.empty()) failure = check_memory(*c);
 #if defined(__x86_64__)
     _mm_setcsr(saved);
 #endif
