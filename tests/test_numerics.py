@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import subprocess
 import sys
 from pathlib import Path
@@ -9,10 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 from shapes import DTYPES, VARIANTS
+from torch.nn.functional import layer_norm
 from transformers import DynamicCache
-from twins import FAMILIES, Output, fused_hits, judge, twin
+from twins import FAMILIES, STOCK_FACTOR, Output, fused_hits, judge, twin
 
 import hf_fusion
+from hf_fusion import native
+from hf_fusion.structs import buffer
 
 TWINS = [
     (family, variant) for family in FAMILIES for variant in VARIANTS.get(family, {"plain": {}})
@@ -183,6 +187,49 @@ def test_what_a_mask_hides_never_leaks(kind, fusion, backend, trials):
                     f"{what}: a masked value moved others"
                 )
                 trials()
+
+
+def norm_rows(x, weight, bias, eps: float) -> torch.Tensor:
+    out = torch.empty_like(x)
+    norm = native.Norm(buffer(weight), buffer(bias), eps, native.NORMS["layer"])
+    io = native.sized(native.NormIo)
+    io.dtype, io.threads, io.x, io.out = native.F32, 1, buffer(x), buffer(out)
+    io.rows, io.hidden = x.shape
+    native.check(native.load().hff_norm_forward(ctypes.byref(norm), ctypes.byref(io)))
+    return out
+
+
+def one_channel(x):
+    x[:, 2] = 1e4
+    return x
+
+
+HARD_ROWS = {
+    "equal": lambda x: x[:, :1].repeat(1, x.shape[1]),
+    "high mean": lambda x: 1e3 + x,
+    "one channel": one_channel,
+}
+
+
+@pytest.mark.parametrize("rows", HARD_ROWS.values(), ids=HARD_ROWS)
+def test_a_norm_errs_at_most_twice_as_much_as_torch(rows, force_isa):
+    """Where a sum in one chain would lose small numbers beside large ones. Equal numbers are the
+    bias, to the bit.
+    """
+    generator = torch.Generator().manual_seed(3)
+    usable = [name for name, missing in native.isas() if missing is None]
+    for hidden, eps in ((7, 1e-12), (768, 1e-12), (5120, 1e-5)):
+        x = rows(torch.randn(64, hidden, generator=generator))
+        weight, bias = (torch.randn(hidden, generator=generator) for _ in range(2))
+        stock, exact = (
+            layer_norm(x.to(dtype), (hidden,), weight.to(dtype), bias.to(dtype), eps).double()
+            for dtype in (torch.float32, torch.float64)
+        )
+        for name in usable:
+            force_isa(name)
+            error = (norm_rows(x, weight, bias, eps) - exact).abs().max()
+            allowed = STOCK_FACTOR * (stock - exact).abs().max()
+            assert error <= allowed, f"{name}, hidden {hidden}: {error:.3g} exceeds {allowed:.3g}"
 
 
 @torch.no_grad()
