@@ -11,11 +11,13 @@ import pytest
 import torch
 from shapes import DTYPES, VARIANTS
 from torch.nn.functional import layer_norm
+from torch.nn.functional import scaled_dot_product_attention as sdpa
 from transformers import DynamicCache
 from twins import FAMILIES, STOCK_FACTOR, Output, fused_hits, judge, twin
 
 import hf_fusion
 from hf_fusion import native
+from hf_fusion.attend import KERNELS, attend
 from hf_fusion.structs import buffer
 
 TWINS = [
@@ -230,6 +232,22 @@ def test_a_norm_errs_at_most_twice_as_much_as_torch(rows, force_isa):
             error = (norm_rows(x, weight, bias, eps) - exact).abs().max()
             allowed = STOCK_FACTOR * (stock - exact).abs().max()
             assert error <= allowed, f"{name}, hidden {hidden}: {error:.3g} exceeds {allowed:.3g}"
+
+
+def test_scores_too_large_to_be_exact_keep_the_parity_rule(force_isa):
+    """One key has all the weight, and neither rounding nor rescaling takes it away."""
+    usable = [name for name, missing in native.isas() if missing is None]
+    for dtype, size in ((torch.float32, 1e6), (torch.bfloat16, 1e6), (torch.float16, 12e3)):
+        q, k = ((torch.randn(1, 2, 40, 80) * size).to(dtype) for _ in range(2))
+        v = torch.randn(1, 2, 40, 80).to(dtype)
+        stock = sdpa(q, k, v).double()
+        exact = sdpa(q.double(), k.double(), v.double())
+        allowed = STOCK_FACTOR * (stock - exact).abs().max() + torch.finfo(dtype).eps
+        for name in usable:
+            force_isa(name)
+            for kernel in KERNELS:
+                error = (attend(q, k, v, kernel=kernel).transpose(1, 2) - exact).abs().max()
+                assert error <= allowed, f"{kernel}, {name}, {dtype}: error {error:.3g}"
 
 
 @torch.no_grad()

@@ -19,7 +19,8 @@ namespace HFF_ISA {
 
 constexpr int64_t kSplitRows = 64;
 constexpr int64_t kRowwise = 8;
-constexpr int64_t kTogether = 4;  // rows by four vectors of context: 16 sums, 4 values, a weight
+constexpr float kFarPeak = 0x1p15f;  // rounded by 2^-9 and more, which a weight of bf16 shows
+constexpr int64_t kTogether = 4;     // rows by four vectors of context: 16 sums, 4 values, a weight
 
 // scores[r][0, n) = q[r] . key of the n listed keys (all of 0 .. n-1 without a list).
 template <class T>
@@ -114,13 +115,18 @@ struct FlashAttend {
     }
     return largest(best);
   }
-  // The same row to weights under a `peak`; returns exp(m - m').
-  HFF_ALWAYS_INLINE static float soften(const float* row, int64_t open, int64_t panels, F scale,
+  // The same row to weights under a `peak`; returns exp(m - m'). Scores that are not stored are
+  // scaled again, exactly, but the peak has been rounded: where that shows, so are they.
+  HFF_ALWAYS_INLINE static float soften(float* row, int64_t open, int64_t panels, F scale,
                                         float peak, Input* out, float* top, float* total) {
     peak = *top > peak ? *top : peak;
     if (open == 0 && peak == kHidden && panels_hidden(row, panels)) {
       for (int64_t j = 0; j < panels * kPanel; j += kLanes) store(zero(), out + j);
       return 1.0f;
+    }
+    if (open > 0 && !(__builtin_fabsf(peak) < kFarPeak)) {
+      scale_panels(row, open, scale);
+      open = 0;
     }
     const F less = set1(-peak);
     F added = zero();
@@ -142,6 +148,11 @@ struct FlashAttend {
     *top = peak;
     *total = *total * decay + sum(added);
     return decay;
+  }
+  static void scale_panels(float* row, int64_t panels, F scale) {
+    for (int64_t p = 0; p < panels; ++p, row += kRows * kPanel) {
+      for (int64_t v = 0; v < kPanel; v += kLanes) store(mul(load(row + v), scale), row + v);
+    }
   }
   static bool panels_hidden(const float* row, int64_t panels) {
     for (int64_t p = 0; p < panels; ++p) {
