@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -21,8 +22,9 @@ from hf_fusion.report import FusionError
 from hf_fusion.step import CpuBackend
 
 ROWS = {
-    3: "layer and model parity", 4: "generation", 5: "common model checks", 6: "perplexity",
-    16: "determinism", 27: "edge numerics",
+    1: "kernel parity", 2: "exact kernels", 3: "layer and model parity", 4: "generation",
+    5: "common model checks", 6: "perplexity", 9: "scalar against others", 13: "guard pages",
+    16: "determinism", 26: "big index", 27: "edge numerics",
 }  # fmt: skip
 _trials: Counter = Counter()
 _failures: Counter = Counter()
@@ -58,6 +60,24 @@ def trials(request):
         request.node.hff_trials += count
 
     return add
+
+
+@pytest.fixture
+def native_rows(request):
+    """Counts the trials of every row that hff_cases has printed: call it with its output; returns
+    the rows.
+    """
+
+    def read(output: str) -> set[int]:
+        lines = re.findall(r"^rows? ([\d, ]+) .*: trials (\d+) failures (\d+)", output, re.M)
+        found = request.node.hff_rows = [
+            [int(row), int(count), int(failures)]
+            for rows, count, failures in lines
+            for row in rows.split(",")
+        ]
+        return {row for row, *_ in found}
+
+    return read
 
 
 def available_isas() -> list[str]:
@@ -146,6 +166,8 @@ def port_cases(request) -> str:
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
     report = yield
+    if report.when == "call":
+        report.user_properties += [("rows", row) for row in getattr(item, "hff_rows", ())]
     marker = item.get_closest_marker("reliability")
     if marker is not None and not (report.when != "call" and report.passed):
         counted = getattr(item, "hff_trials", None)
@@ -156,6 +178,10 @@ def pytest_runtest_makereport(item, call):
 def pytest_runtest_logreport(report):
     """Counts what this process ran, or what its workers report."""
     for name, value in report.user_properties:
+        if name == "rows":
+            row, trials, failures = value
+            _trials[row] += trials
+            _failures[row] += failures
         if name != "reliability" or (report.when != "call" and report.passed):
             continue
         row, *title, counted = value

@@ -408,13 +408,15 @@ def test_sizes_are_multiplied_in_checked_h_only():
 # ---------------------------------------------------------------- the native cases
 
 
-@pytest.mark.parametrize(
-    "arguments", [["test"], ["fuzz", "--trials", "50000"]], ids=lambda a: a[0]
-)
-def test_native_cases(cases, arguments, capsys):
-    """Reliability rows 1, 2, 8, 9, 13, 16, 17, 20, 21, 24, 27; the counts are printed."""
+@pytest.mark.parametrize("arguments, rows", [
+    pytest.param(["test"], {1, 2, 13, 16, 17, 20, 21, 24, 26, 27}, id="test"),
+    pytest.param(["fuzz", "--trials", "50000"], {8}, id="fuzz"),
+])  # fmt: skip
+def test_native_cases(cases, arguments, rows, native_rows, capsys):
+    """The rows of kernels, and 9 where there are two instruction sets; the summary counts them."""
     done = subprocess.run([cases, *arguments], capture_output=True, text=True, timeout=900)
+    counted = native_rows(done.stdout)
     with capsys.disabled():
         print("\n" + done.stdout[-20000:])
     assert done.returncode == 0, done.stdout[-20000:] + done.stderr[-4000:]
-    assert "failures 0" in done.stdout
+    assert counted >= rows, f"no trials of rows {sorted(rows - counted)}"

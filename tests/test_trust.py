@@ -18,6 +18,8 @@ import pytest
 import hf_fusion
 from hf_fusion import native
 
+pytestmark = pytest.mark.reliability(28, "loader and trust")
+
 # Imports torch and transformers once, then forks for every case it reads: {"site", "cwd", "environment", "load_only"}.
 SERVER = """
 import json, os, sys
