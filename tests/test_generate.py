@@ -360,3 +360,22 @@ def test_continue_from_a_cache_across_models(family, variant, static, fusion, ba
                 )
                 assert torch.equal(tokens, whole), f"{what}\n{tokens}\n{whole}"
                 trials()
+
+
+@pytest.mark.parametrize("fusion, backend", RUNGS[:4])
+@pytest.mark.parametrize("family, variant", TWINS)
+def test_a_cache_of_inference_mode_goes_on_outside(family, variant, fusion, backend, trials):
+    """torch forbids writing to a tensor of inference mode outside of it; stock copies its cache."""
+    pair = pair_for(family, variant, MODES["greedy"])
+    inputs = prompt(pair.stock, 2, 8, False, 3)
+    whole = plain(pair.stock, inputs, max_new_tokens=12, eos_token_id=None)
+    with hf_fusion.patched(pair.fused, fusion, backend), fused_hits(pair.fused):
+        with torch.inference_mode():
+            out = dictionary(pair.fused, inputs, max_new_tokens=4, eos_token_id=None)
+        for model in (pair.stock, pair.fused):
+            out = dictionary(
+                model, {"input_ids": out.sequences.clone()}, past_key_values=out.past_key_values,
+                max_new_tokens=4, eos_token_id=None,
+            )  # fmt: skip
+        assert torch.equal(out.sequences, whole)
+    trials()

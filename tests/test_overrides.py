@@ -115,6 +115,23 @@ def test_a_bias_of_repeated_elements_is_seen():
     assert str(Reason.LAYOUT) in hf_fusion.stats(model).downgraded
 
 
+@pytest.mark.parametrize("backend", ("cpu", "reference"))
+def test_a_head_with_a_bias(backend):
+    """GPT-NeoX has none; whoever puts one in gets it, from row kernels and from matrix kernels."""
+    model = neox()
+    model.lm_head = nn.Linear(32, 99)
+    nn.init.normal_(model.lm_head.bias)
+    stock = copy.deepcopy(model)
+    hf_fusion.patch(model, backend=backend)
+    long = IDS.repeat(1, 5)
+    with torch.no_grad():
+        for ids, keep in ((IDS, 1), (long, 1), (long, 0)):
+            got = model(ids, logits_to_keep=keep).logits
+            assert torch.allclose(got, stock(ids, logits_to_keep=keep).logits, atol=1e-5)
+    stats = hf_fusion.stats(model)
+    assert stats.fused == 3 and not stats.refused and not stats.downgraded
+
+
 @pytest.mark.parametrize("fusion", ("full", "attention"))
 def test_a_mask_edited_behind_torchs_back_is_read_again(fusion):
     mask = torch.where(CAUSAL, 0.0, torch.finfo(torch.float32).min).expand(2, -1, -1, -1).clone()
