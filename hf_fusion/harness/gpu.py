@@ -128,12 +128,14 @@ def _inputs(context: int, batch: int, padded: bool) -> tuple[torch.Tensor, torch
     return ids, mask
 
 
-def judged(model, reference, context: int, batch: int, padded: bool, static: bool) -> Iterator:
+def judged(
+    rungs: Sequence[str], model, reference, context: int, batch: int, padded: bool, static: bool
+) -> Iterator:
     """Per rung: its largest error and stock's against fp32, their ratio, and whether it passed."""
     ids, mask = _inputs(context, batch, padded)
     exact = decoded(reference, ids, mask, False)
     stock = float((decoded(model, ids, mask, static) - exact).abs().max())
-    for name in RUNGS:
+    for name in rungs:
         with rung(model, name) as stats:
             got = decoded(model, ids, mask, static)
             fused = STEPS * (1 if name.startswith("full") else model.config.num_hidden_layers)
@@ -146,7 +148,7 @@ def judged(model, reference, context: int, batch: int, padded: bool, static: boo
         }  # fmt: skip
 
 
-def parity(record: Record) -> None:
+def parity(record: Record, rungs: Sequence[str]) -> None:
     """Every shape, fp16 and bf16, contexts and padding, both kinds of cache."""
     for shape in SHAPES:
         for dtype in ("fp16", "bf16"):
@@ -156,7 +158,8 @@ def parity(record: Record) -> None:
                 batch = 1 + number % 4
                 for padded in {False, batch > 1}:
                     static = (number + padded) % 2 == 1
-                    for name, found in judged(model, reference, context, batch, padded, static):
+                    case = context, batch, padded, static
+                    for name, found in judged(rungs, model, reference, *case):
                         record.add(
                             shape=shape, dtype=dtype, context=context, batch=batch, padded=padded,
                             static=static, rung=name, **found,
@@ -218,13 +221,13 @@ def _looped(model: nn.Module, ids: torch.Tensor, **options: Any) -> Callable[[in
     return lambda count: hf_fusion.generate(model, ids, max_new_tokens=count, **options)
 
 
-def speed(record: Record) -> None:
+def speed(record: Record, rungs: Sequence[str]) -> None:
     """Decode of SPEED_MODEL in fp16 at batch 1: stock, the rungs, the loop on the device."""
     model = models.random_pythia(SPEED_MODEL, "fp16", 0, "cuda").eval()
     model.generation_config.eos_token_id = None
     reference, verdicts = raised(model), {}
     for context in SPEED_CONTEXTS:
-        for name, found in judged(model, reference, context, 1, False, True):
+        for name, found in judged(rungs, model, reference, context, 1, False, True):
             verdicts[name, context] = found
     del reference
     torch.cuda.empty_cache()
@@ -239,20 +242,20 @@ def speed(record: Record) -> None:
         )  # fmt: skip
 
     def add_loop(how: str, **options: Any) -> None:
-        for context in SPEED_CONTEXTS:
+        for context in SPEED_CONTEXTS if "full, token" in rungs else ():
             ids, _ = _inputs(context - STEPS, 1, False)
             with rung(model, "full, token"):
                 # long, so that recording its graph does not count
                 took = per_token(_looped(model, ids, **options), many=256)
                 add("hf_fusion.generate", how, context, took, "full, token")
 
-    for name in ("full, token", "full, chain"):
+    for name in [name for name in ("full, token", "full, chain") if name in rungs]:
         for context in SPEED_CONTEXTS:
             with rung(model, name):
                 add(name, "graph replay", context, per_replay(model, context), name)
     add_loop("loop on the device")
     for context in SPEED_CONTEXTS:
-        for name in (None, *RUNGS):
+        for name in (None, *rungs):
             with rung(model, name):
                 milliseconds = per_token(_generations(model, context))
             add(name or "stock, eager", "generate()", context, milliseconds, name)
@@ -262,7 +265,7 @@ def speed(record: Record) -> None:
         add("stock, compiled, static cache", "generate()", context, per_token(run), None)
 
 
-def stream(record: Record) -> None:
+def stream(record: Record, rungs: Sequence[str]) -> None:
     """Bytes per second: a sum reads, a copy reads and writes (both counted)."""
     source = torch.ones(STREAM_BYTES // 4, device="cuda")
     target = torch.empty_like(source)
@@ -278,7 +281,7 @@ def stream(record: Record) -> None:
 # ---- small steps --------------------------------------------------------------------------------
 
 
-def small(record: Record, head_dims: Sequence[int] = HEAD_DIMS) -> None:
+def small(record: Record, rungs: Sequence[str], head_dims: Sequence[int] = HEAD_DIMS) -> None:
     """Two layers of each head size, every rung, a few steps: what compute-sanitizer watches."""
     from transformers import GPTNeoXConfig
 
@@ -289,7 +292,7 @@ def small(record: Record, head_dims: Sequence[int] = HEAD_DIMS) -> None:
             use_parallel_residual=head_dim != 64,
         )  # fmt: skip
         model = models.random_model(config, "fp16", 0, device="cuda").eval()
-        for name in RUNGS:
+        for name in rungs:
             with rung(model, name) as stats, torch.no_grad():
                 cache = StaticCache(config=config, max_cache_len=40)
                 ids = torch.arange(68, device="cuda").view(2, 34)
@@ -315,6 +318,7 @@ def main(argv: list[str] | None = None) -> int:
         "--head-dims", type=int, nargs="+", choices=HEAD_DIMS, default=HEAD_DIMS,
         help="of the part small",
     )  # fmt: skip
+    parser.add_argument("--rungs", nargs="+", choices=RUNGS, default=list(RUNGS))
     arguments = parser.parse_args(argv)
     if not torch.cuda.is_available():
         print("no GPU: torch.cuda.is_available() is False", file=sys.stderr)
@@ -327,7 +331,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     record = Record(arguments.out, arguments.part)
     options = {"head_dims": arguments.head_dims} if arguments.part == "small" else {}
-    PARTS[arguments.part](record, **options)
+    PARTS[arguments.part](record, arguments.rungs, **options)
     record.finish()
     return 0 if all(row.get("passed", True) for row in record.data["rows"]) else 1
 
