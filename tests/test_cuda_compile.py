@@ -184,3 +184,18 @@ def test_kernels_become_their_instructions(compiled, group):
     assert {atomic.removesuffix(";") for atomic in atomics} == {"atom.acq_rel.gpu.global.add.u32"}
     absent = SM_90 if group == "80" else ("cp.async.cg.shared.global",)
     assert [unwanted for unwanted in absent if unwanted in ptx] == []
+
+
+def test_nothing_but_weights_is_read_before_the_kernel_ahead_has_ended(compiled):
+    """A dependent launch starts early: what comes before its wait are copies of weights into shared
+    memory and their barriers.
+    """
+    waits = 0
+    for entry in re.findall(r"\.entry \w+\(.*?\n}\n", compiled[0]["90a"], flags=re.S):
+        before, wait, _ = entry.partition("griddepcontrol.wait")
+        if not wait:
+            continue
+        waits += 1
+        touched = set(re.findall(r"\b(?:ld|st|atom|red)\.(?!param)\S+", before))
+        assert not touched, (entry.split("(")[0], touched)
+    assert waits == 2 + 4 + 4  # attend_heads, phase, attention_up

@@ -317,9 +317,14 @@ int64_t workspace_bytes(const hff_call& call, const hff_model& model) {
   return bytes;
 }
 
-const Backend kBackend = {model_forward,   block_forward, nullptr,    nullptr,
-                          nullptr,         nullptr,       nullptr,    nullptr,
-                          workspace_bytes, attend,        plan_attend};
+hff_status attend_on_device(const hff_attend_io& io) {
+  const DeviceGuard guard(io.ordinal);
+  return attend(io);
+}
+
+const Backend kBackend = {model_forward,   block_forward,    nullptr,    nullptr,
+                          nullptr,         nullptr,          nullptr,    nullptr,
+                          workspace_bytes, attend_on_device, plan_attend};
 
 }  // namespace
 }  // namespace cuda
