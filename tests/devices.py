@@ -22,16 +22,20 @@ class Emulated:
 
     def __init__(self, path: Path):
         self._library = native._open(path)
-        self._library.hff_emulate.argtypes = [ctypes.c_int32] * 3 + [ctypes.c_uint64]
+        self._library.hff_emulate.argtypes = [ctypes.c_int32] * 4 + [ctypes.c_uint64]
         self.calls, self.workspaces, self.stale = 0, set(), False
         self.become()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._library, name)
 
-    def become(self, arch: int = 900, sms: int = 4, seed: int = 0) -> None:
-        """The device of this thread's next calls, and the seed of their schedules."""
-        self._library.hff_emulate(arch, sms, SHARED[arch], seed)
+    def become(
+        self, arch: int = 900, sms: int = 4, seed: int = 0, whole_team: bool = False
+    ) -> None:
+        """The device of this thread's next calls, whether its kernels have as many warps as on a
+        real one, and the seed of their schedules.
+        """
+        self._library.hff_emulate(arch, sms, SHARED[arch], whole_team, seed)
 
     def hff_model_forward(self, call: Any, *arguments: Any) -> int:
         return self._run(self._library.hff_model_forward, call, *arguments)

@@ -137,7 +137,7 @@ def test_every_plan_on_every_architecture(device, plan, arch, trials):
     with hf_fusion.patched(model, backend="reference"):
         want = model.generate(**inputs, max_new_tokens=6)
     for seed in range(3):
-        device.become(arch, 2 + seed, seed)
+        device.become(arch, 2 + seed, seed, whole_team=seed == 0)
         with patched(model), fused_hits(model, f"{plan}, {arch}, {seed}", (Reason.ROWS,)):
             vars(model)["_hf_fusion"].state.backends.of(torch.device("cpu")).plan = plan
             assert torch.equal(model.generate(**inputs, max_new_tokens=6), want), (plan, arch, seed)

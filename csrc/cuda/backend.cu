@@ -349,13 +349,16 @@ hff_status describe_cuda(int32_t ordinal, hff_device* out) {
 
 #if defined(HFF_PORT_HOST)
 extern "C" {
-// The device that the next calls of this thread meet, and the seed of their schedules.
-HFF_API void hff_emulate(int32_t arch, int32_t sms, int32_t shared_bytes, uint64_t seed) {
+// The device that the next calls of this thread meet, whether kernels have as many warps as there,
+// and the seed of their schedules.
+HFF_API void hff_emulate(int32_t arch, int32_t sms, int32_t shared_bytes, int32_t whole_team,
+                         uint64_t seed) {
   hff::fibers::Options& options = hff::fibers::options();
   options.device.arch = arch;
   options.device.sms = sms;
   options.device.shared_limit = shared_bytes;
   options.device.shared_per_sm = shared_bytes + 1024;
+  options.whole_team = whole_team != 0;
   options.seed = seed;
 }
 // What the last launch of this thread found; "" if nothing.

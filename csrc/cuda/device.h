@@ -10,8 +10,10 @@ namespace cuda {
 
 constexpr bool kEmulated = true;
 
-// Fewer fibers: the work is the same with 2 + 1 warps as with 8 + 4.
-inline Team team_of(const port::Device&) { return {2, 1, 0}; }
+// Mostly fewer fibers: the work is the same with 2 + 1 warps as with 8 + 4.
+inline Team team_of(const port::Device&) {
+  return fibers::options().whole_team ? Team{kStreamWarps, kAttendWarps, 0} : Team{2, 1, 0};
+}
 
 struct DeviceGuard {
   explicit DeviceGuard(int) {}

@@ -35,6 +35,7 @@ struct Options {
   uint64_t seed =
       1;  // changes with every launch, so that launches in a row differ; a report names it
   port::Device device = {900, 8, 232448, 233472, "host fibers"};
+  bool whole_team = false;           // as many warps as on a device; else a few that do the same
   bool late_copies = false;          // copies are delivered only when nobody can run
   bool poison = true;                // false: shared memory starts as zeros
   uint64_t most_turns = 1ull << 28;  // after which the launch counts as one that does not end

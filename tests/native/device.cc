@@ -8,7 +8,8 @@
 #include "cuda/program.h"
 
 extern "C" {
-void hff_emulate(int32_t arch, int32_t sms, int32_t shared_bytes, uint64_t seed);
+void hff_emulate(int32_t arch, int32_t sms, int32_t shared_bytes, int32_t whole_team,
+                 uint64_t seed);
 const char* hff_emulation_report(void);
 }
 #endif
@@ -69,6 +70,7 @@ void draw_device(Random& random) {
   current.arch = drawn[0], current.shared_bytes = drawn[1];
   current.sms = static_cast<int32_t>(random.range(1, 9));
   current.plan = random.pick<int32_t>({HFF_PLAN_TOKEN, HFF_PLAN_CHAIN, HFF_PLAN_AUTO});
+  current.whole_team = current.sms <= 2 && random.chance(0.5);
   current.seed = random.next();
 }
 
@@ -76,12 +78,12 @@ std::string describe_device() {
   if (!selected) return "";
   constexpr const char* kPlans[] = {"auto", "chain", "token"};
   return "sm_" + std::to_string(current.arch / 10) + ", " + std::to_string(current.sms) +
-         " SMs, plan " + kPlans[current.plan] + ": ";
+         " SMs, plan " + kPlans[current.plan] + (current.whole_team != 0 ? ", all warps: " : ": ");
 }
 
 hff_status place(hff_call* call, const hff_model& model) {
   if (!selected) return HFF_OK;
-  hff_emulate(current.arch, current.sms, current.shared_bytes, current.seed++);
+  hff_emulate(current.arch, current.sms, current.shared_bytes, current.whole_team, current.seed++);
   call->device = HFF_DEVICE_CUDA;
   call->plan = current.plan;
   const int64_t bytes = hff_workspace_bytes(call, &model);

@@ -14,14 +14,16 @@ namespace hff_test {
 struct Device {
   int32_t arch = 900, sms = 4, shared_bytes = 232448;  // shared_bytes: of a block
   int32_t plan = HFF_PLAN_AUTO;
-  uint64_t seed = 1;  // of the next call's schedule; calls in a row have seeds of their own
+  int32_t whole_team = 0;  // as many warps as on a device
+  uint64_t seed = 1;       // of the next call's schedule; calls in a row have seeds of their own
 };
 
 // hff_select_isa, or the device for "cuda"; false, with hff_last_error(), where there is none.
 bool select_isa(const std::string& isa);
 bool on_device();
 Device& device();
-// Any of sm_80 to sm_120, 1 to 9 multiprocessors, either plan. Nothing on the CPU.
+// Any of sm_80 to sm_120, 1 to 9 multiprocessors, either plan; few may have all their warps. Nothing
+// on the CPU.
 void draw_device(Random& random);
 std::string describe_device();  // "" on the CPU
 
