@@ -111,7 +111,8 @@ class Loop:
             self.ids.copy_(token[:, None])
             self.positions.add_(1)
         if self.eos.numel():
-            self.finished.logical_or_(torch.isin(token, self.eos))
+            # isin of ten ids or more takes the unique ones, for whose number it waits
+            self.finished.logical_or_((token[:, None] == self.eos).any(1))
 
     def _native_steps(self, most: int) -> int:
         """Up to `most` tokens in one native call of about _LONGEST_CALL; how many, 0 where the

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from types import SimpleNamespace
 
 import pytest
 import shapes
@@ -17,7 +18,7 @@ from transformers import DynamicCache, StaticCache
 from twins import Output, Twin, build, fused_hits, judge_all
 
 import hf_fusion
-from hf_fusion import FusionError, native, streams
+from hf_fusion import FusionError, generation, native, streams
 from hf_fusion.report import Reason
 
 pytestmark = [
@@ -373,3 +374,18 @@ def test_a_capture_takes_what_is_ready(device, monkeypatch):
         for kind in ("downgraded", "refused"):
             expected = {Reason.CAPTURING.value: 1} if kind in seen else {}
             assert counted[kind] == expected, f"static {static}, bound {bound}\n{counted}"
+
+
+@torch.no_grad()
+def test_a_step_with_many_ends_can_be_recorded():
+    """No operator gives a result whose size depends on values: a capture cannot wait for it."""
+    ids, logits = tokens(0, 1, 1), torch.zeros(1, 1, 16)
+    model = SimpleNamespace(config=model_of().config)
+    given = model, ids, torch.ones_like(ids), 4, generation.Sampler(), None, [*range(16)], 0, None
+    loop = generation.Loop(*given)
+    loop.model = lambda **_: SimpleNamespace(logits=logits)
+    loop.step()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        loop.step()
+    ran = {event.key for event in profile.key_averages()}
+    assert "aten::index_copy_" in ran and "aten::_unique" not in ran
