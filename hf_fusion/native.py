@@ -140,7 +140,7 @@ def describe_device(device: str, ordinal: int = 0) -> Device:
 
 
 def isa() -> str:
-    """Name of the instruction set in use: scalar, avx2, avx512 or avx512_bf16."""
+    """Name of the instruction set in use, one of `isas`."""
     return load().hff_isa().decode()
 
 
@@ -161,11 +161,10 @@ def select_isa(name: str | None) -> str:
     return isa()
 
 
-def use_openmp(folder: Path) -> str | None:
-    """Runs native calls on the threads of the OpenMP runtime that was loaded from `folder`; its file name.
+def use_openmp(folder: Path) -> None:
+    """Runs native calls on the threads of the OpenMP runtime that was loaded from `folder`.
 
-    Loads nothing: without a runtime from there in the process, native calls keep threads of their own, and the result
-    is None.
+    Loads nothing: without a runtime from there in the process, native calls keep threads of their own.
     """
     for path in sorted(folder.glob("lib*omp*.so*")):
         try:
@@ -175,8 +174,7 @@ def use_openmp(folder: Path) -> str | None:
         except (OSError, AttributeError):
             continue
         check(load().hff_use_openmp(*addresses))
-        return path.name
-    return None
+        return
 
 
 def huge_pages(address: int, size: int) -> int:

@@ -6,12 +6,12 @@ from embedding to logits. Weights are read in place. Cache lengths move last, al
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from . import native
+from .attend import share_threads
 from .frame import Frame, Frames, framed
 from .packing import packed_size, team_width
 from .report import FusionError, Reason
@@ -33,7 +33,7 @@ class CpuBackend:
 
     def __init__(self):
         self._library = native.load()
-        self.threads_of = native.use_openmp(Path(torch.__file__).parent / "lib")
+        share_threads()
         self._frames = Frames()
 
     @property
@@ -57,7 +57,7 @@ class CpuBackend:
         """Structs over the tensors; FusionError where dtype, shape or strides do not fit.
 
         `packed`: whether matrix kernels read packed copies of the weights. None: for an encoder on AMX, whose products
-        are faster than packing as they go; elsewhere that costs 8 % (BENCHMARKS.md).
+        are faster than packing as they go; elsewhere that costs a few per cent (BENCHMARKS.md).
         """
         self.check_device(tensors.qkv_weight.device)
         return NativeBlock(spec, tensors, _packs(spec, packed))

@@ -21,6 +21,7 @@ _HUGE_PAGE = 2 << 20
 
 
 def buffer(tensor: torch.Tensor | None) -> native.Buffer:
+    """Address and bytes of a contiguous tensor, an empty buffer for None; FusionError(LAYOUT) for another layout."""
     if tensor is None:
         return native.Buffer()
     if not tensor.is_contiguous():

@@ -99,7 +99,7 @@ def open_file(peer: str, path: Path, precision: str, threads: int) -> Call:
 
 
 def _compile(model: nn.Module, kind: str) -> Call:
-    """Inductor, without dynamic shapes."""
+    """Inductor in its default mode, without dynamic shapes, freezing or autotuning."""
     entry = torch.compile(Entry(model, kind), dynamic=False)
 
     @torch.no_grad()

@@ -2,8 +2,8 @@
 
 "aten": library operators; projections side by side as one packed product, a projection with the
 residual after it as one operator of oneDNN, attention through scaled_dot_product_attention,
-elementwise work over memory that is no longer read. "eager": the group's own nodes, always possible; a group that nobody
-else takes is counted as not fused.
+elementwise work over memory that is no longer read. "eager": the group's own nodes, always
+possible; a group that nobody else takes is counted as not fused.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import gelu
 
 from ..report import FusionError, Reason
 from .explicit import put_together
@@ -96,16 +95,6 @@ class Rotary(nn.Module):
         out[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-1)
         out[..., half:].addcmul_(x[..., :half], sin[..., half:])
         return out
-
-
-class GeluTanh(nn.Module):
-    """GELU by its tanh formula, which some models spell out in eight operators."""
-
-    fresh_results = (True,)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x of any shape."""
-        return gelu(x, approximate="tanh")
 
 
 _ATEN_KINDS = (PARALLEL, CORE, NORM_RESIDUAL, EPILOGUE, GLU, ROPE, ELEMENTWISE)

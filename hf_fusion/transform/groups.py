@@ -26,8 +26,8 @@ BLOCK = "block"
 class FusionGroup:
     """Nodes that run as one; `details` is what the rule that found it knows, by role.
 
-    backend, refused and launches are filled in when the group is made executable: who runs it, why
-    those before would not.
+    backend and refused are filled in when the group is made executable: who runs it, and why those
+    asked before would not. name: its place in the order of the accepted.
     """
 
     kind: str
@@ -44,7 +44,6 @@ class FusionGroup:
         self.nodes = sorted(dict.fromkeys(self.nodes), key=order.__getitem__)
         # what the report says stays true when the nodes have moved into a callable
         self.operators = [name_of(node) for node in self.nodes if is_kernel(node)]
-        self.members = [node.name for node in self.nodes]
         inside = set(self.nodes)
         ends = [n for n in self.nodes if any(user not in inside for user in n.users)]
         kept = [n for n in self.nodes if is_kernel(n) and n not in ends]

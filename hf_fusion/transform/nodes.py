@@ -137,13 +137,6 @@ def bytes_of(node: fx.Node) -> int:
     return total
 
 
-def through_views(node: fx.Node) -> fx.Node:
-    """The node whose value `node` shows, past views that have one reader."""
-    while class_of(node) == VIEW and node.args and isinstance(node.args[0], fx.Node):
-        node = node.args[0]
-    return node
-
-
 def exclusive_views_up(node: fx.Node) -> list[fx.Node]:
     """Views above `node`, as long as each has one reader; nearest first."""
     found = []

@@ -92,7 +92,7 @@ def _refuses(variant: Variant, site: Site) -> str | None:
 
 def _build(variant: Variant, site: Site) -> nn.Module:
     put_together(site.inner.graph)
-    fold_constants(site)
+    _fold_constants(site)
     details, call = site.group.details["found"], site.group.details["attention"].call
     for node in list(site.inner.graph.nodes):
         if node.target is ops.attention:
@@ -106,8 +106,8 @@ def _build(variant: Variant, site: Site) -> nn.Module:
     return _aten_build(site)
 
 
-def fold_constants(site: Site) -> int:
-    """Nodes that depend on parameters alone are computed now and kept; returns the bytes.
+def _fold_constants(site: Site) -> None:
+    """Nodes that depend on parameters alone are computed now and kept.
 
     Later changes of those parameters do not show, as with packed weights.
     """
@@ -123,21 +123,18 @@ def fold_constants(site: Site) -> int:
                 kwargs = fx.node.map_arg(node.kwargs, known.__getitem__)
                 with torch.no_grad():
                     known[node] = node.target(*args, **kwargs)
-    kept = 0
     for node, value in known.items():
         outside = [user for user in node.users if user not in known]
         if node.op == "placeholder" or not outside or not isinstance(value, Tensor):
             continue
         name = f"constant_{node.name}"
         site.inner.register_buffer(name, value.contiguous(), persistent=False)
-        kept += value.nbytes
         with graph.inserting_before(node):
             made = graph.get_attr(name)
         made.meta = dict(node.meta)
         node.replace_all_uses_with(made)
     graph.eliminate_dead_code()
     site.inner.recompile()
-    return kept
 
 
 def parameter_only(node: fx.Node | None) -> list[fx.Node]:
