@@ -379,3 +379,22 @@ def test_a_cache_of_inference_mode_goes_on_outside(family, variant, fusion, back
             )  # fmt: skip
         assert torch.equal(out.sequences, whole)
     trials()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family, variant", TWINS)
+def test_what_was_kept_of_a_cache_is_never_overwritten(family, variant, trials):
+    """Keys and values handed out stay as they were, whatever becomes of the cache."""
+    pair = pair_for(family, variant, MODES["greedy"])
+    ids, turned = prompt(pair.stock, 3, 9, False, 4)["input_ids"], torch.tensor([1, 2, 0])
+    with hf_fusion.patched(pair.fused), fused_hits(pair.fused):
+        for changes in (("crop",), ("reorder", "reorder"), ("reorder", "crop", "reorder")):
+            cache, kept = DynamicCache(config=pair.fused.config), []
+            pair.fused(ids, past_key_values=cache)
+            for change in changes:
+                views = [t for layer in cache.layers for t in (layer.keys, layer.values)]
+                kept += [(view, view.clone()) for view in views]
+                cache.crop(-4) if change == "crop" else cache.reorder_cache(turned)
+                pair.fused(ids[:, :3], past_key_values=cache)
+                assert all(torch.equal(*both) for both in kept), f"{pair.name}: {changes}"
+            trials()
