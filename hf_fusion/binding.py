@@ -301,8 +301,10 @@ class ModelBinding:
         return now.data_ptr(), -1 if now.is_inference() else now._version, now.dtype
 
     def intact(self) -> bool:
-        """Whether everything is still as it was bound."""
-        if not self.watch.intact() or not all(block.fresh() for block in self.copied):
+        """Whether everything is still as it was bound, and no layer has been added."""
+        if len(self.parts.layers) != self.count or not self.watch.intact():
+            return False
+        if not all(block.fresh() for block in self.copied):
             return False
         if self.frequencies is None:
             return True

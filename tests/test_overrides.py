@@ -18,6 +18,7 @@ from transformers import (
     GPTNeoXForCausalLM,
     StaticCache,
     ViTConfig,
+    ViTModel,
     VisionTextDualEncoderConfig,
     VisionTextDualEncoderModel,
 )
@@ -113,6 +114,30 @@ def test_a_bias_of_repeated_elements_is_seen():
             bias.data = bias.data[:1].expand(37)
         assert torch.allclose(model(IDS).logits, stock(IDS).logits, atol=1e-5)
     assert str(Reason.LAYOUT) in hf_fusion.stats(model).downgraded
+
+
+@pytest.mark.parametrize(
+    "make, layers",
+    [(neox, lambda m: m.gpt_neox.layers), (bert, lambda m: m.encoder.layer),
+     (lambda: ViTModel(ViTConfig(image_size=12, patch_size=4, **SIZES)).eval(),
+      lambda m: m.layers)],
+    ids=["gpt_neox", "bert", "vit"],
+)  # fmt: skip
+@torch.no_grad()
+def test_a_layer_added_between_two_calls_runs(make, layers):
+    model, stock = both(make())
+    vision = model.main_input_name == "pixel_values"
+    call = {"pixel_values": torch.randn(2, 3, 12, 12)} if vision else {"input_ids": IDS}
+    call |= {} if vision else {"use_cache": False}
+    before = model(**call)[0]
+    assert torch.allclose(before, stock(**call)[0], atol=1e-5)
+    added = copy.deepcopy(layers(stock)[0])
+    for one in (model, stock):
+        layers(one).append(added)
+    want = stock(**call)[0]
+    assert torch.allclose(model(**call)[0], want, atol=1e-5)
+    assert not torch.allclose(want, before, atol=1e-3)
+    assert hf_fusion.stats(model).downgraded == {str(Reason.FORWARD_REPLACED): 1}
 
 
 @pytest.mark.parametrize("backend", ("cpu", "reference"))
