@@ -49,8 +49,9 @@ def patch(
     model is patched again with the options given.
 
     packed: whether matrix kernels, which run encoders and prompts, read copies of the weights in
-    the order they need (`Report.packed_bytes`; made again when weights change), or the weights as
-    they lie, without a copy. None leaves it to the back end.
+    the order they need (`Report.packed_bytes`; made again when weights change, of which a write to
+    a part of a matrix through `.data` may show some calls later), or the weights as they lie,
+    without a copy. None leaves it to the back end.
 
     Raises FusionError for an unknown option or an absent back end and, with strict or
     HF_FUSION_STRICT=1, for a model that would run stock; strict forwards raise where they would
