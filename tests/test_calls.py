@@ -333,6 +333,15 @@ def full_static(config):
     return StaticCache(config=config, max_cache_len=4)
 
 
+def static_of_inference_mode(config):
+    sizes = {"num_heads": config.num_attention_heads, "dtype": torch.float32, "device": "cpu"}
+    with torch.inference_mode():
+        cache = StaticCache(config=config, max_cache_len=20)
+        head_dim = config.hidden_size // config.num_attention_heads
+        cache.early_initialization(batch_size=2, head_dim=head_dim, **sizes)
+    return cache
+
+
 @pytest.mark.parametrize("fusion, backend", RUNGS[:3])
 @pytest.mark.parametrize(
     "make, reason",
@@ -340,6 +349,7 @@ def full_static(config):
         (offloaded, Reason.CACHE_TYPE),
         (encoder_decoder, Reason.CACHE_TYPE),
         (full_static, Reason.CACHE_FULL),
+        (static_of_inference_mode, Reason.CACHE_STATE),
     ],
 )
 @pytest.mark.parametrize("family, variant", TWINS)

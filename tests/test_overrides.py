@@ -140,6 +140,32 @@ def test_a_layer_added_between_two_calls_runs(make, layers):
     assert hf_fusion.stats(model).downgraded == {str(Reason.FORWARD_REPLACED): 1}
 
 
+@pytest.mark.parametrize("make", (neox, bert))
+@torch.no_grad()
+def test_a_hook_on_every_module_runs_stock(make):
+    def louder(module, inputs, output):
+        return output * 1.5 if type(module) is nn.Linear else None
+
+    def squared(module, inputs):
+        return (inputs[0].square(),) if type(module) is nn.LayerNorm else None
+
+    model, stock = both(make())
+    before = model(IDS)[0]
+    for register, hook in (
+        (nn.modules.module.register_module_forward_hook, louder),
+        (nn.modules.module.register_module_forward_pre_hook, squared),
+    ):
+        hf_fusion.stats(model).clear()
+        handle = register(hook)
+        try:
+            got, want = model(IDS)[0], stock(IDS)[0]
+        finally:
+            handle.remove()
+        assert torch.equal(got, want) and not torch.allclose(got, before, atol=1e-3)
+        assert hf_fusion.stats(model).refused == {str(Reason.HOOKS): 1}
+    assert torch.equal(model(IDS)[0], before)
+
+
 @pytest.mark.parametrize("backend", ("cpu", "reference"))
 def test_a_head_with_a_bias(backend):
     """GPT-NeoX has none; whoever puts one in gets it, from row kernels and from matrix kernels."""
