@@ -35,6 +35,10 @@ _ARGUMENTS = {
 }  # fmt: skip
 # how generate() turns its state into a call, and the call's outputs into its state
 _METHODS = ("prepare_inputs_for_generation", "_update_model_kwargs_for_generation")
+# whether generate() marks a cache that the caller has given; before, any may be the caller's
+_MARKS = "_is_user_defined" in inspect.unwrap(
+    GenerationMixin._prepare_cache_for_generation
+).__code__.co_names
 _RECORDS = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
 # in the order in which generate() applies them, each with the Sampler's argument that it carries
 _WARPERS = {
@@ -116,7 +120,7 @@ def _plan(model, ids: torch.Tensor, processors, criteria, config: Any, call: dic
     positions = call.get("position_ids")
     if positions is not None and positions.shape[-1] != ids.shape[1]:
         _refuse(f"position_ids have shape {tuple(positions.shape)} for {tuple(ids.shape)} tokens")
-    kept = config.return_dict_in_generate or getattr(cache, "_is_user_defined", False)
+    kept = config.return_dict_in_generate or getattr(cache, "_is_user_defined", not _MARKS)
     if kept and eos and ids.shape[0] > 1:
         _refuse("the cache is kept, and rows end apart")
     return _Plan(sampler, limit - ids.shape[1], eos, past)

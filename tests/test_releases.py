@@ -8,7 +8,7 @@ from transformers import DynamicCache, GPTNeoXForCausalLM
 from transformers.cache_utils import DynamicLayer
 
 import hf_fusion
-from hf_fusion import guard, registry
+from hf_fusion import decoding, guard, registry
 from hf_fusion.cache import GrowableLayer
 from hf_fusion.patches import bert, gpt_neox
 
@@ -44,3 +44,17 @@ def test_a_layer_that_keeps_no_dtype_is_taken_over():
     vars(layer).pop("dtype", None)  # gone in transformers 5.24
     grown = GrowableLayer.adopt(layer)
     assert torch.equal(grown.update(keys, keys)[0], torch.cat((keys, keys), -2))
+
+
+def test_a_cache_that_is_not_marked_may_be_the_callers(monkeypatch):
+    monkeypatch.setattr(decoding, "_MARKS", False)
+    model = GPTNeoXForCausalLM(gpt_neox.tiny_config()).eval()
+    hf_fusion.patch(model)
+    options = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0, "eos_token_id": 2}
+    for rows in (1, 2):
+        ids = torch.arange(3, 9)[None].expand(rows, -1)
+        model.generate(
+            ids, attention_mask=torch.ones_like(ids), custom_generate=hf_fusion.custom_generate,
+            **options,
+        )  # fmt: skip
+        assert bool(hf_fusion.stats(model).downgraded) == (rows == 2)
