@@ -13,11 +13,12 @@ from transformers import (
     DynamicCache,
     EosTokenCriteria,
     MaxLengthCriteria,
+    StaticCache,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, StaticLayer
 from transformers.generation import GenerateDecoderOnlyOutput, GenerationMixin
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.utils import GENERATION_MODES_MAPPING
@@ -35,6 +36,7 @@ _ARGUMENTS = {
 }  # fmt: skip
 # how generate() turns its state into a call, and the call's outputs into its state
 _METHODS = ("prepare_inputs_for_generation", "_update_model_kwargs_for_generation")
+_LAYERS = {DynamicCache: {DynamicLayer, GrowableLayer}, StaticCache: {StaticLayer}}
 # whether generate() marks a cache that the caller has given; before, any may be the caller's
 _MARKS = "_is_user_defined" in inspect.unwrap(
     GenerationMixin._prepare_cache_for_generation
@@ -104,16 +106,18 @@ def _plan(model, ids: torch.Tensor, processors, criteria, config: Any, call: dic
     if config.prefill_chunk_size is not None:
         _refuse(f"prefill_chunk_size is {config.prefill_chunk_size}")
     cache, mask = call.get(CACHE), call.get("attention_mask")
-    if type(cache) is not DynamicCache or not call.get("use_cache"):
+    if type(cache) not in _LAYERS or not call.get("use_cache"):
         raise FusionError(
-            Reason.CACHE_TYPE, f"the cache is a {type(cache).__name__}, expected a DynamicCache"
+            Reason.CACHE_TYPE,
+            f"the cache is a {type(cache).__name__}, expected a DynamicCache or a StaticCache",
         )
-    odd = {type(layer) for layer in cache.layers} - {DynamicLayer, GrowableLayer}
+    odd = {type(layer) for layer in cache.layers} - _LAYERS[type(cache)]
     if odd:
         raise FusionError(
-            Reason.CACHE_TYPE, f"a cache layer is a {odd.pop().__name__}, expected DynamicLayer"
+            Reason.CACHE_TYPE,
+            f"a cache layer is a {odd.pop().__name__}, expected DynamicLayer or StaticLayer",
         )
-    past = cache.get_seq_length()
+    past = int(cache.get_seq_length())
     length = mask.shape[1] if mask is not None else getattr(config, "_mask_length", ids.shape[1])
     if length != ids.shape[1] or past >= length:
         _refuse(f"{past} of {length} tokens are cached, of which {ids.shape[1]} are given")
@@ -121,8 +125,8 @@ def _plan(model, ids: torch.Tensor, processors, criteria, config: Any, call: dic
     if positions is not None and positions.shape[-1] != ids.shape[1]:
         _refuse(f"position_ids have shape {tuple(positions.shape)} for {tuple(ids.shape)} tokens")
     kept = config.return_dict_in_generate or getattr(cache, "_is_user_defined", not _MARKS)
-    if kept and eos and ids.shape[0] > 1:
-        _refuse("the cache is kept, and rows end apart")
+    if kept and eos and (ids.shape[0] > 1 or type(cache) is StaticCache):
+        _refuse("the cache is kept, and rows end apart or before it can be cropped")
     return _Plan(sampler, limit - ids.shape[1], eos, past)
 
 
@@ -143,9 +147,10 @@ def custom_generate(
     Takes what generate() has prepared and returns what its own method would: greedy tokens are the
     same, and drawn ones of the same distribution by other random numbers of torch's generator. What
     needs Python between tokens (other logits processors and stopping criteria, scores, beams, a
-    cache other than DynamicCache) is decoded by generate()'s own method, with the reason among
-    `downgraded` in stats(model). generate() hands a callable no streamer; to give one, pass
-    functools.partial(hf_fusion.custom_generate, streamer=streamer).
+    cache other than DynamicCache and StaticCache) is decoded by generate()'s own method, with the
+    reason among `downgraded` in stats(model). generate() hands a callable no streamer; to give one,
+    pass functools.partial(hf_fusion.custom_generate, streamer=streamer). Nor does it find the
+    tokenizer for stop_strings then: give a StopStringCriteria among stopping_criteria.
     """
     prepared = logits_processor, stopping_criteria, generation_config, model_kwargs
     plan, handle = None, vars(model).get(KEY)
@@ -169,8 +174,8 @@ def _run(model, input_ids, plan: _Plan, config: Any, streamer: Any, call: dict) 
     loop.run(plan.steps, _CHECK_EVERY)
     tokens = loop.tokens[:, : loop.length()].clone()
     # a row that ends inside a native call has gone on
-    further = cache.get_seq_length() - (tokens.shape[1] - 1)
-    if further > 0:
+    further = int(cache.get_seq_length()) - (tokens.shape[1] - 1)
+    if further > 0 and type(cache) is DynamicCache:
         cache.crop(-further)
     if not config.return_dict_in_generate:
         return tokens

@@ -55,7 +55,7 @@ class Loop:
         eos: list[int],
         pad: int,
         streamer: Any,
-        cache: DynamicCache | None = None,
+        cache: DynamicCache | StaticCache | None = None,
     ):
         (batch, prompt), device = ids.shape, ids.device
         self.model, self.sampler, self.prompt = model, sampler, prompt

@@ -15,6 +15,8 @@ from test_generation import NEW, model_of, prompt
 from transformers import (
     DynamicCache,
     LogitsProcessorList,
+    StaticCache,
+    StopStringCriteria,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -38,10 +40,8 @@ TOKEN_BY_TOKEN = {
     "chunked prefill": Reason.ARGUMENT, "chunked prefill, one row": Reason.ARGUMENT,
     "inputs_embeds": Reason.ARGUMENT, "processors": Reason.ARGUMENT, "criteria": Reason.ARGUMENT,
     "scores and logits": Reason.ARGUMENT, "hidden states": Reason.ARGUMENT,
-    "attentions": Reason.ARGUMENT, "static cache": Reason.CACHE_TYPE,
-    "static cache, one row": Reason.CACHE_TYPE, "static cache, beams": Reason.ARGUMENT,
-    "static cache, eager": Reason.CACHE_TYPE, "quantised layers": Reason.CACHE_TYPE,
-    "sliding layers": Reason.CACHE_TYPE,
+    "attentions": Reason.ARGUMENT, "static cache, beams": Reason.ARGUMENT,
+    "quantised layers": Reason.CACHE_TYPE, "sliding layers": Reason.CACHE_TYPE,
     # caches of the caller's, in which rows that have ended would go on
     "cache without config": Reason.ARGUMENT, "chunked by hand": Reason.ARGUMENT,
 }  # fmt: skip
@@ -115,6 +115,35 @@ def test_rows_end_and_the_cache_is_stock_s(batch, native_calls, trials):
             assert sum(native_calls) == NEW - 1
         assert torch.equal(went_on, generated(model, more))
         trials()
+
+
+def test_a_static_cache_that_is_kept_holds_what_stock_s_holds(native_calls):
+    """Where a row may end, token by token: there is no taking tokens out of such a cache."""
+    model, inputs = model_of(), prompt(1, 7, 21, False)
+    plain = generated(model, inputs)
+    for eos in (None, plain[0, 9].tolist()):
+        options = {"eos_token_id": eos, "return_dict_in_generate": True}
+        caches = [StaticCache(config=model.config, max_cache_len=7 + NEW) for _ in range(2)]
+        want = generated(model, inputs, past_key_values=caches[0], **options).sequences
+        native_calls.clear()
+        with hf_fusion.patched(model), by_default(model):
+            got = generated(model, inputs, past_key_values=caches[1], **options).sequences
+        assert torch.equal(got, want) and bool(native_calls) == (eos is None)
+        for one, two in zip(caches[1].layers, caches[0].layers, strict=True):
+            assert one.get_seq_length() == two.get_seq_length()
+            torch.testing.assert_close(one.keys, two.keys)
+
+
+def test_criteria_of_time_and_text_are_asked_at_every_token(native_calls):
+    loaded = load_model("tiny", "fp32")
+    model, ids = loaded.model, loaded.tokenizer("The expression", return_tensors="pt")
+    text = StopStringCriteria(loaded.tokenizer, ["e"])
+    for options in ({"max_time": 0.0}, {"max_time": 1e6}, {"stopping_criteria": [text]}):
+        want = generated(model, ids, **options)
+        with hf_fusion.patched(model), by_default(model):
+            assert torch.equal(generated(model, ids, **options), want)
+            assert hf_fusion.stats(model).downgraded == {Reason.ARGUMENT.value: 1}
+    assert not native_calls
 
 
 def test_draws_are_those_of_the_other_loop(native_calls, trials):
