@@ -1,5 +1,5 @@
-"""generate()'s greedy search and sampling with several tokens in one native call: a callable for its
-`custom_generate`.
+"""generate()'s greedy search and sampling with several tokens in one native call: a callable for
+its `custom_generate`.
 """
 
 from __future__ import annotations

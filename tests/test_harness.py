@@ -379,36 +379,6 @@ def test_command_info(capsys):
     assert found["device"]["name"] or found["device"]["reason"]
 
 
-@pytest.mark.parametrize(
-    ("line", "expected"),
-    [
-        ("", "COMMAND"),
-        ("draw", "invalid choice: 'draw'"),
-        ("ablate --model pythia-71m", "unknown model 'pythia-71m': accepted are tiny, pythia-14m"),
-        ("ablate --model ./nowhere", "'./nowhere' has no config.json"),
-        ("ablate --dtype fp8", "unknown dtype 'fp8': accepted are fp32, bf16, fp16"),
-        ("ablate --rungs ful", "did you mean full?"),
-        ("ablate --backend gpu", "unknown back end 'gpu'"),
-        ("ablate --rounds 0", "--rounds: the value is 0: expected an integer of at least 1"),
-        ("ablate --new-tokens 1", "at least 2"),
-        ("ablate --batch 1,x", "'1,x': expected integers separated by commas"),
-        ("ablate --context 8 --batch 1,2", "expected one sweep"),
-        ("ablate --plot picture.gif", "accepted endings are .png, .svg, .pdf"),
-        ("bench pythia-70m", "expected model:dtype"),
-        ("bench pythia-70m:int3", "unknown dtype 'int3'"),
-        ("perplexity --text nowhere.txt", "'nowhere.txt' is not there"),
-        ("perplexity --path sideways", "unknown path 'sideways'"),
-        ("perplexity --rungs compiled", "'compiled'"),
-        ("perplexity --window 1", "at least 2"),
-        ("perplexity --text a.txt --dataset b", "expected one"),
-    ],
-)
-def test_bad_input_is_one_line_and_exit_code_2(line, expected, capsys):
-    assert cli.main(line.split()) == 2
-    error = capsys.readouterr().err
-    assert expected in error and error.count("\n") == 1
-
-
 def test_bad_text_files(tmp_path):
     (tmp_path / "empty").write_text(" \n")
     (tmp_path / "latin").write_bytes(b"caf\xe9")

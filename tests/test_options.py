@@ -1,4 +1,4 @@
-"""The command's options: what contradicts itself is refused, what is odd is noted."""
+"""The command's options: what is wrong or contradicts itself is refused, what is odd is noted."""
 
 from __future__ import annotations
 
@@ -16,6 +16,25 @@ from hf_fusion.harness import inputs, models
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
+        ("", "COMMAND"),
+        ("draw", "invalid choice: 'draw'"),
+        ("ablate --model pythia-71m", "unknown model 'pythia-71m': accepted are tiny, pythia-14m"),
+        ("ablate --model ./nowhere", "'./nowhere' has no config.json"),
+        ("ablate --dtype fp8", "unknown dtype 'fp8': accepted are fp32, bf16, fp16"),
+        ("ablate --rungs ful", "did you mean full?"),
+        ("ablate --backend gpu", "unknown back end 'gpu'"),
+        ("ablate --rounds 0", "--rounds: the value is 0: expected an integer of at least 1"),
+        ("ablate --new-tokens 1", "at least 2"),
+        ("ablate --batch 1,x", "'1,x': expected integers separated by commas"),
+        ("ablate --context 8 --batch 1,2", "expected one sweep"),
+        ("ablate --plot picture.gif", "accepted endings are .png, .svg, .pdf"),
+        ("bench pythia-70m", "expected model:dtype"),
+        ("bench pythia-70m:int3", "unknown dtype 'int3'"),
+        ("perplexity --text nowhere.txt", "'nowhere.txt' is not there"),
+        ("perplexity --path sideways", "unknown path 'sideways'"),
+        ("perplexity --rungs compiled", "'compiled'"),
+        ("perplexity --window 1", "at least 2"),
+        ("perplexity --text a.txt --dataset b", "expected one"),
         ("ablate --threads abc", "--threads: the value is 'abc': expected one integer"),
         ("ablate --threads 1,2", "expected one integer"),
         ("ablate --threads 0", "expected an integer of at least 1"),
