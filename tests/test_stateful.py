@@ -332,7 +332,7 @@ def run(seed: int, steps: list[Step]) -> tuple[str, int]:
     for number, (name, step_seed) in enumerate(steps):
         results = []
         for world in worlds:
-            torch.manual_seed(step_seed % 1000)
+            torch.default_generator.manual_seed(step_seed % 1000)
             try:
                 results.append(STEPS[name][0](world, random.Random(step_seed)))
             except Mismatch as error:

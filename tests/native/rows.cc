@@ -59,7 +59,7 @@ bool run_differential(const Options& options, const std::string& isa) {
   Tally tally(options, "differential", "row 9 scalar against", isa);
   if (isa == "scalar") return true;
   const bool clean =
-      run_trials(options, tally, on_device() ? 500 : 10000, [&](Random& random, uint64_t seed) {
+      run_trials(options, tally, on_device() ? 500 : 2500, [&](Random& random, uint64_t seed) {
         const Kernel& kernel = pick_kernel(random, options);
         tally.begin(seed, kernel.name);
         if (kernel.make == make_pack)
