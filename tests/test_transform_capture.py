@@ -12,6 +12,7 @@ import transformers
 from torch import nn
 
 from hf_fusion import FusionError
+from hf_fusion.report import Reason
 from hf_fusion.transform import (
     DecomposedMultiheadAttention,
     DecomposingTracer,
@@ -189,6 +190,23 @@ def test_multihead_attention_taken_apart_is_itself(first, sizes, bias, bias_kv, 
         assert torch.equal(apart(query, key, value, **options), got)
     one = [x.select(0 if first else 1, 0) for x in (query, key, value)]
     assert (apart(*one) - module(*one)[0]).abs().max() < 2e-6
+
+
+@pytest.mark.parametrize("name", ["attn_mask", "key_padding_mask"])
+@pytest.mark.parametrize(
+    "mask",
+    [torch.zeros(5, 5, dtype=torch.int64), torch.zeros(5, dtype=torch.bool), torch.zeros(1, 5),
+     torch.zeros(5, 1), torch.zeros(2, 5, 5), torch.zeros(2, 4, 5, 5)],
+    ids=lambda mask: "x".join(map(str, mask.shape)),
+)  # fmt: skip
+def test_masks_that_multihead_attention_refuses_are_refused(name, mask):
+    module = nn.MultiheadAttention(16, 4, batch_first=True).eval()
+    x = torch.randn(2, 5, 16)
+    with pytest.raises((AssertionError, RuntimeError)):
+        module(x, x, x, **{name: mask})
+    with pytest.raises(FusionError, match=name) as caught:
+        DecomposedMultiheadAttention.from_module(module)(x, **{name: mask})
+    assert caught.value.reason is Reason.MASK
 
 
 class Block(nn.Module):

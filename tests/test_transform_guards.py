@@ -215,6 +215,24 @@ def test_conditions_of_another_form_are_refused(changed, tmp_path):
         FusedModel.load(tmp_path)
 
 
+def test_positions_that_restart_are_packed_only_without_a_cache():
+    """transformers separates what they pack where there is no cache, and makes one by default."""
+    model, ids = graphs.model("llama"), torch.randint(5, 99, (1, 8))
+    places = torch.arange(8)[None]
+    fused = fuse(
+        model, {"input_ids": ids, "position_ids": places}, backends=("aten",), shapes=1
+    )
+    for given, options, reasons in (
+        (places, {}, {}),
+        (places % 4, {"use_cache": False}, {}),
+        (places % 4, {}, {"packed sequences": 1}),
+    ):
+        call = {"input_ids": ids, "position_ids": given, **options}
+        with torch.no_grad():
+            off = fused(**call).logits - model(**call).logits
+        assert off.abs().max() < 5e-6 and fused.stats.refused == reasons
+
+
 def test_positions_end_where_their_table_does():
     config = transformers.BertConfig(**graphs.SIZES, vocab_size=99, max_position_embeddings=14)
     model = transformers.BertModel(config).eval()
@@ -280,6 +298,26 @@ def test_additive_masks_are_drawn_as_they_are(hidden):
     padding[0, ..., 4:] = hidden
     drawn = like("mask", padding, (3, 1, 1, 5), torch.Generator())
     assert torch.equal(drawn[..., 0, :].sum((1, 2)), torch.tensor([hidden, 0, hidden]))
+
+
+@pytest.mark.parametrize("activation", ["relu", "tanh"])
+@pytest.mark.parametrize("layers", [0, 2])
+def test_float_padding_that_is_finite_is_taken_as_torch_takes_it(layers, activation):
+    """Its fast path, which only has relu and gelu, hides by it; otherwise it is added."""
+    torch.manual_seed(0)
+    activation = nn.functional.relu if activation == "relu" else torch.tanh
+    layer = nn.TransformerEncoderLayer(16, 4, 32, activation=activation, batch_first=True)
+    encoder = nn.TransformerEncoder(layer, layers or 1, enable_nested_tensor=False)
+    model = encoder.eval() if layers else layer.eval()
+    padding = torch.zeros(2, 7)
+    padding[0, 5:] = -torch.inf
+    fused = fuse(model, {"src": torch.randn(2, 7, 16), "src_key_padding_mask": padding}, shapes=1)
+    for hidden in (-torch.inf, -1.0):
+        given = {"src": torch.randn(2, 7, 16), "src_key_padding_mask": (padding < 0) * hidden}
+        given["src_key_padding_mask"].nan_to_num_(0.0, neginf=-torch.inf)
+        with torch.no_grad():
+            assert graphs.furthest(model(**given), fused(**given)) < 5e-6, hidden
+    assert fused.stats.fused == 2
 
 
 @pytest.mark.parametrize("first", [True, False])

@@ -104,6 +104,7 @@ class FusedModel(nn.Module):
         if self._stamp is not None:
             self._stamp.check()
         named = self._named(args, kwargs)
+        self._check_positions(named)
         for name, value in signature.defaults.items():
             if named.setdefault(name, value) != value:
                 raise FusionError(Reason.ARGUMENT, f"{name} is {named[name]}, expected {value}")
@@ -138,6 +139,22 @@ class FusedModel(nn.Module):
         names = self.captured.signature.arguments
         named = given | kwargs
         return {n: value for n, value in named.items() if value is not None or n in names}
+
+    def _check_positions(self, named: dict[str, Any]) -> None:
+        """FusionError where the model would make a cache: without one it keeps apart what positions
+        that start again pack, and so does the graph.
+        """
+        positions = named.get("position_ids")
+        if (
+            self.captured.signature.defaults.get("use_cache") is False
+            and "use_cache" not in named
+            and named.get("attention_mask") is None
+            and isinstance(positions, Tensor)
+            and bool((positions.diff() != 1).any())
+        ):
+            raise FusionError(
+                Reason.PACKED, "position_ids start again: give use_cache=False to pack sequences"
+            )
 
     def _trained(self) -> list[Tensor]:
         return list(self.original.parameters()) if self.original is not None else []

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout
 
+from ..report import FusionError, Reason
+
 
 class DecomposedMultiheadAttention(nn.Module):
     """Multi-head attention as projections, matmul, scale, masks, softmax, matmul, projection.
@@ -86,7 +88,9 @@ class DecomposedMultiheadAttention(nn.Module):
         """query (B, Q, E), or (Q, B, E) without batch_first, or (Q, E); key and value like it.
 
         key_padding_mask (B, K) and attn_mask (Q, K) or (B * H, Q, K): bool, true where a query may
-        not look, or float, added. is_causal is a hint, as in torch: attn_mask must say it.
+        not look, or float, added; FusionError for any other. is_causal is a hint, as in torch:
+        attn_mask must say it. A query that may look nowhere gives NaN, as torch's weights and its
+        fast path do; where torch computes neither, it gives zeros.
         """
         key = query if key is None else key
         value = key if value is None else value
@@ -128,6 +132,11 @@ class DecomposedMultiheadAttention(nn.Module):
 
     def _masked(self, scores: Tensor, mask: Any, padding: Any, batch: Any) -> Tensor:
         extra = (self.bias_k is not None) + self.add_zero_attn
+        if not isinstance(scores, torch.fx.Proxy):
+            rows, queries, keys = scores.shape[0], scores.shape[2], scores.shape[3] - extra
+            each = (rows * self.num_heads, queries, keys)
+            _check("attn_mask", mask, (queries, keys), each)
+            _check("key_padding_mask", padding, (rows, keys))
         if mask is not None:
             mask = _additive(mask, scores, extra)
             if mask.dim() == 3:
@@ -150,6 +159,17 @@ class DropIn(DecomposedMultiheadAttention):
 def _set(layer: nn.Linear, weight: Tensor, bias: Tensor | None) -> None:
     layer.weight = nn.Parameter(weight.detach(), weight.requires_grad)
     layer.bias = None if bias is None else nn.Parameter(bias.detach(), bias.requires_grad)
+
+
+def _check(name: str, mask: Tensor | None, *shapes: tuple) -> None:
+    """FusionError for what torch refuses as well, where it would be added in another way."""
+    if mask is None:
+        return
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise FusionError(Reason.MASK, f"{name} is {mask.dtype}, expected bool or floating point")
+    if tuple(mask.shape) not in shapes:
+        wanted = " or ".join(str(tuple(map(int, shape))) for shape in shapes)
+        raise FusionError(Reason.MASK, f"{name} has shape {tuple(mask.shape)}, expected {wanted}")
 
 
 def _additive(mask: Tensor, scores: Tensor, extra: int) -> Tensor:
