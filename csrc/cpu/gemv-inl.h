@@ -13,9 +13,11 @@
 //   weights are read once a token, and kept out of L2 and L3 they leave Python's own working set
 //   there. A token of pythia-160m bf16 in generate() takes 0.83-0.85 of the stream with plain
 //   prefetches, 0.97-1.0 so (Zen 5).
-// kNearBytes: inputs that stay in L1 beside the weights. Past it, with 32 registers, four rows share
-//   each load of two inputs: (768, 3072) weights and four inputs on Zen 4, bf16 407 us in order, 300
-//   so, fp16 344 and 250, both with non-temporal prefetches.
+// Tiles: one or two inputs wait for memory, rows strictly in order. More wait for arithmetic: rows
+//   by inputs by chains of sums share their loads, as many as there are registers. With 16: 2 x 3 x
+//   2. With 32: 2 x 4 x 2 for three and four inputs, whose weights still come late; then 4 x 4, one
+//   chain after the other, while four rows and four inputs stay in L1 (kSplitBytes), else 4 x 3 x 2,
+//   which two inputs take, too, where they do not stay there beside the weights (kNearBytes).
 // kTilesAhead: rows that share inputs are read again for each group of inputs, so those of the tiles
 //   to come go to L2 meanwhile. Eight inputs, (3072, 768) weights on Zen 4: bf16 271 us with
 //   non-temporal prefetches 2 KB ahead, 175 so; fp16 340 and 262.
@@ -30,8 +32,8 @@ namespace hff {
 namespace HFF_ISA {
 
 constexpr int kChains = 2;
-constexpr int kInputs = 4;
 constexpr int64_t kNearBytes = 16 * 1024;
+constexpr int64_t kSplitBytes = 32 * 1024;
 constexpr int64_t kTilesAhead = 4;
 
 // What a weight type is multiplied with.
@@ -106,104 +108,162 @@ struct Step<bf16> {
 };
 #endif
 
-// y[c * y_stride + r] for N weight rows (at w, w + row_stride, ...) and M inputs. A single row is
-// asked for `ahead` bytes ahead, into L2 or non-temporally.
-template <class T, int N, int M, bool kToL2>
+// y[c * y_stride + r] = sum(sums[r][c]).
+template <int N, int M>
+HFF_INLINE void store_sums(const F (&sums)[N][M], float* y, int64_t y_stride) {
+  for (int r = 0; r < N; ++r) {
+    for (int c = 0; c < M; ++c) y[c * y_stride + r] = sum(sums[r][c]);
+  }
+}
+#if defined(__AVX512F__)
+// The same additions for four rows by four inputs at once: halves, quarters, pairs, lanes.
+template <int M>
+HFF_INLINE void store_sums(const F (&sums)[4][M], float* y, int64_t y_stride) {
+  __m512 rows[4];  // of each input a quarter
+  for (int r = 0; r < 4; ++r) {
+    __m512 halves[2];  // of two inputs; past the last one it stands in for others
+    for (int h = 0; h < 2; ++h) {
+      const __m512 a = sums[r][2 * h < M ? 2 * h : M - 1].v;
+      const __m512 b = sums[r][2 * h + 1 < M ? 2 * h + 1 : M - 1].v;
+      halves[h] = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
+    }
+    rows[r] = _mm512_add_ps(_mm512_shuffle_f32x4(halves[0], halves[1], 0x88),
+                            _mm512_shuffle_f32x4(halves[0], halves[1], 0xdd));
+  }
+  __m512 pairs[2];
+  for (int p = 0; p < 2; ++p) {
+    const __m512d a = _mm512_castps_pd(rows[2 * p]), b = _mm512_castps_pd(rows[2 * p + 1]);
+    pairs[p] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)),
+                             _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+  }
+  float lanes[4][4];
+  _mm512_storeu_ps(lanes, _mm512_add_ps(_mm512_shuffle_ps(pairs[0], pairs[1], 0x88),
+                                        _mm512_shuffle_ps(pairs[0], pairs[1], 0xdd)));
+  for (int c = 0; c < M; ++c) std::memcpy(y + c * y_stride, lanes[c], sizeof lanes[c]);
+}
+#endif
+
+// y[c * y_stride + r] for N weight rows (at w, w + row_stride, ...) and M inputs, C chains at a
+// time. Weights are asked for `ahead` bytes ahead, into L2 or non-temporally.
+template <class T, int N, int M, int C, bool kToL2>
 HFF_INLINE void dot_tile(const T* w, int64_t row_stride, int64_t cols, const Operand<T>* x,
                          int64_t x_stride, int64_t ahead, float* y, int64_t y_stride) {
   using S = Step<T>;
-  F sums[N][M][kChains];
-  for (int r = 0; r < N; ++r) {
-    for (int c = 0; c < M; ++c) {
-      for (int u = 0; u < kChains; ++u) sums[r][c][u] = zero();
-    }
-  }
-  int64_t k = 0;
-  for (; k + kChains * S::kWidth <= cols; k += kChains * S::kWidth) {
-    for (int u = 0; u < kChains; ++u) {
-      const int64_t at = k + u * S::kWidth;
-      typename S::Vector rows[N];
-      for (int r = 0; r < N; ++r) {
-        const T* p = w + r * row_stride + at;
-        if (u * S::kWidth * static_cast<int64_t>(sizeof(T)) % 64 == 0) {
-          if constexpr (N == 1 && kToL2) {
-            prefetch_to_l2(reinterpret_cast<const char*>(p) + ahead);
-          } else if constexpr (N == 1) {
-            prefetch(p, ahead);
-          } else {
-            prefetch_to_l2(p + kTilesAhead * N * row_stride);
+  static_assert(kChains == 2 && (C == 1 || C == 2), "the first chain, the second, or both");
+  F sums[N][M];
+  const auto walk = [&](auto first) HFF_LAMBDA_INLINE {
+    F chains[C][N][M];
+    for (int i = 0; i < C * N * M; ++i) chains[i / M / N][i / M % N][i % M] = zero();
+    int64_t k = first * S::kWidth;
+    for (; k + C * S::kWidth <= cols; k += kChains * S::kWidth) {
+      for (int u = 0; u < C; ++u) {
+        const int64_t at = k + u * S::kWidth;
+        typename S::Vector rows[N];
+        for (int r = 0; r < N; ++r) {
+          const T* p = w + r * row_stride + at;
+          if ((first + u) * S::kWidth * static_cast<int64_t>(sizeof(T)) % 64 == 0) {
+            if constexpr (kToL2) {
+              prefetch_to_l2(reinterpret_cast<const char*>(p) + ahead);
+            } else {
+              prefetch(p, ahead);
+            }
           }
+          rows[r] = S::weight(p);
         }
-        rows[r] = S::weight(p);
-      }
-      for (int c = 0; c < M; ++c) {
-        const typename S::Vector in = S::input(x + c * x_stride + at);
-        for (int r = 0; r < N; ++r) sums[r][c][u] = S::dot(rows[r], in, sums[r][c][u]);
+        for (int c = 0; c < M; ++c) {
+          const typename S::Vector in = S::input(x + c * x_stride + at);
+          for (int r = 0; r < N; ++r) chains[u][r][c] = S::dot(rows[r], in, chains[u][r][c]);
+        }
       }
     }
-  }
-  for (int u = 0; k < cols; k += S::kWidth, ++u) {
+    // a chain named by a variable would keep all of them on the stack
+    const auto finish = [&](auto u) HFF_LAMBDA_INLINE {
+      const int64_t at = k + u * S::kWidth;
+      if (at >= cols) return;
+      for (int r = 0; r < N; ++r) {
+        const typename S::Vector row = S::weight_n(w + r * row_stride + at, cols - at);
+        for (int c = 0; c < M; ++c) {
+          const typename S::Vector in = S::input_n(x + c * x_stride + at, cols - at);
+          chains[u][r][c] = S::dot(row, in, chains[u][r][c]);
+        }
+      }
+    };
+    finish(std::integral_constant<int, 0>{});
+    if constexpr (C == 2) finish(std::integral_constant<int, 1>{});
     for (int r = 0; r < N; ++r) {
-      const typename S::Vector row = S::weight_n(w + r * row_stride + k, cols - k);
       for (int c = 0; c < M; ++c) {
-        sums[r][c][u] = S::dot(row, S::input_n(x + c * x_stride + k, cols - k), sums[r][c][u]);
+        const F before = C == 2 ? chains[C - 1][r][c] : sums[r][c];
+        sums[r][c] = C == 1 && first == 0 ? chains[0][r][c] : add(chains[0][r][c], before);
       }
     }
-  }
-  for (int r = 0; r < N; ++r) {
-    for (int c = 0; c < M; ++c) y[c * y_stride + r] = sum(add(sums[r][c][0], sums[r][c][1]));
-  }
+  };
+  walk(std::integral_constant<int, 0>{});
+  if constexpr (C == 1) walk(std::integral_constant<int, 1>{});
+  store_sums(sums, y, y_stride);
 }
 
-// N weight rows against all inputs, M at a time.
-template <class T, int N, int M, bool kToL2>
+// N weight rows against all inputs, up to M at a time.
+template <class T, int N, int M, int C, bool kToL2>
 HFF_INLINE void dot_rows(const T* w, int64_t row_stride, int64_t cols, const Operand<T>* x,
                          int64_t x_stride, int64_t inputs, int64_t ahead, float* y,
                          int64_t y_stride) {
   int64_t c = 0;
-  for (; c + M <= inputs; c += M) {
-    dot_tile<T, N, M, kToL2>(w, row_stride, cols, x + c * x_stride, x_stride, ahead,
-                             y + c * y_stride, y_stride);
-  }
-  for (int r = 0; r < N; ++r) {
-    const T* row = w + r * row_stride;
-    int64_t d = c;
-    for (; d + 2 <= inputs; d += 2) {
-      dot_tile<T, 1, 2, kToL2>(row, row_stride, cols, x + d * x_stride, x_stride, ahead,
-                               y + d * y_stride + r, y_stride);
+  const auto some = [&](auto count) HFF_LAMBDA_INLINE {
+    dot_tile<T, N, count, C, kToL2>(w, row_stride, cols, x + c * x_stride, x_stride, ahead,
+                                    y + c * y_stride, y_stride);
+    c += count;
+  };
+  while (c < inputs) {
+    const int64_t left = inputs - c;
+    if (left == M || left > M + 1) {
+      some(std::integral_constant<int, M>{});
+    } else if (M == 4 && left != 2 && left != 1) {  // 3, or of 5 the first
+      some(std::integral_constant<int, 3>{});
+    } else if (left > 1) {
+      some(std::integral_constant<int, 2>{});
+    } else {
+      some(std::integral_constant<int, 1>{});
     }
-    if (d < inputs)
-      dot_tile<T, 1, 1, kToL2>(row, row_stride, cols, x + d * x_stride, x_stride, ahead,
-                               y + d * y_stride + r, y_stride);
   }
 }
 
 // Weight rows [begin, end) of `linear` against `inputs` rows of x: y[input * y_stride + row -
-// begin]. One or two inputs wait for memory: strictly in order. More wait for arithmetic: two rows
-// share each load of an input; and four where inputs come from L2.
+// begin].
 template <class T>
 static void gemv(const hff_linear& linear, int64_t begin, int64_t end, const Operand<T>* x,
                  int64_t x_stride, int64_t inputs, float* y, int64_t y_stride) {
   const T* w = static_cast<const T*>(linear.weight.data);
   const int64_t stride = linear.row_stride, cols = linear.cols;
+  const int64_t input_bytes = cols * static_cast<int64_t>(sizeof(Operand<T>));
+  const int64_t row_bytes = cols * static_cast<int64_t>(sizeof(T));
+  int64_t i = begin;
+  const auto tiles = [&](auto n, auto m, auto c) HFF_LAMBDA_INLINE {
+    const int64_t ahead = kTilesAhead * n * stride * static_cast<int64_t>(sizeof(T));
+    for (; i + n <= end; i += n)
+      dot_rows<T, n, m, c, true>(w + i * stride, stride, cols, x, x_stride, inputs, ahead,
+                                 y + i - begin, y_stride);
+  };
+  constexpr std::integral_constant<int, 1> k1{};
+  constexpr std::integral_constant<int, 2> k2{};
+  constexpr std::integral_constant<int, 3> k3{};
+  constexpr std::integral_constant<int, 4> k4{};
+  if constexpr (kLanes == 16) {
+    if (inputs == 3 || inputs == 4) {
+      tiles(k2, k4, k2);
+    } else if (inputs > 4 && 4 * (row_bytes + input_bytes) <= kSplitBytes) {
+      tiles(k4, k4, k1);
+    } else if (inputs > 4 || (inputs == 2 && 2 * input_bytes > kNearBytes)) {
+      tiles(k4, k3, k2);
+    }
+  } else if (inputs > 2) {
+    tiles(k2, k3, k2);
+  }
   const int32_t how = prefetch_choice_of(kDtypeOf<T>, inputs).now();
   const int64_t ahead = how == HFF_PREFETCH_LINE ? 0 : kAhead;
-  const bool four = kLanes == 16 && inputs > 1 &&
-                    inputs * cols * static_cast<int64_t>(sizeof(Operand<T>)) > kNearBytes;
-  int64_t i = begin;
-  if (four) {
-    for (; i + 4 <= end; i += 4)
-      dot_rows<T, 4, 2, false>(w + i * stride, stride, cols, x, x_stride, inputs, ahead,
-                               y + i - begin, y_stride);
-  } else if (inputs > kTriedRows) {
-    for (; i + 2 <= end; i += 2)
-      dot_rows<T, 2, kInputs, false>(w + i * stride, stride, cols, x, x_stride, inputs, ahead,
-                                     y + i - begin, y_stride);
-  }
   const auto in_order = [&](auto to_l2) {
     for (; i < end; ++i)
-      dot_rows<T, 1, kInputs, to_l2.value>(w + i * stride, stride, cols, x, x_stride, inputs, ahead,
-                                           y + i - begin, y_stride);
+      dot_rows<T, 1, 2, 2, to_l2.value>(w + i * stride, stride, cols, x, x_stride, inputs, ahead,
+                                        y + i - begin, y_stride);
   };
   if (how == HFF_PREFETCH_TO_L2 && inputs <= kTriedRows) return in_order(std::true_type{});
   in_order(std::false_type{});

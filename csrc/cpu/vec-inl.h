@@ -6,6 +6,7 @@
 // lane where one is NaN. Loads of bf16 and f16 are exact, stores round to nearest even.
 
 #define HFF_INLINE static inline __attribute__((always_inline))
+#define HFF_LAMBDA_INLINE __attribute__((always_inline))  // after a lambda's parameters
 
 #if defined(__AVX2__) || defined(__AVX512F__)
 #include <immintrin.h>
