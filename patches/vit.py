@@ -107,8 +107,15 @@ def _is_linear(embeddings: Any, pixels: Any) -> bool:
         and conv.groups == 1
         and conv.bias is not None
         and embeddings.position_embeddings.shape[0] == 1
+        and all(token.shape[1] == 1 for token in _tokens(embeddings))
         and all(p.dtype == pixels.dtype for p in embeddings.parameters())
     )
+
+
+def _tokens(embeddings: Any) -> list:
+    """What stands before the patches, (1, 1, hidden) each in the models that transformers makes."""
+    tokens = embeddings.cls_token, getattr(embeddings, "distillation_token", None)
+    return [token for token in tokens if token is not None]
 
 
 def _embed_patches(embeddings: Any, pixels: Any) -> Any:
@@ -124,8 +131,7 @@ def _embed_patches(embeddings: Any, pixels: Any) -> Any:
     patches = pixels.reshape(batch, channels, grid[0], step[0], grid[1], step[1])
     rows, count = patches.permute(0, 2, 4, 1, 3, 5), grid[0] * grid[1]
     rows = conv.bias.addmm(rows.reshape(batch * count, weight.shape[1]), weight.T)
-    tokens = [embeddings.cls_token, getattr(embeddings, "distillation_token", None)]
-    tokens = [token for token in tokens if token is not None]
+    tokens = _tokens(embeddings)
     hidden = rows.new_empty((batch, len(tokens) + count, weight.shape[0]))
     for at, token in enumerate(tokens):
         hidden[:, at] = token[:, 0]

@@ -70,6 +70,12 @@ def set_positions(model, change) -> None:
     embeddings.position_embeddings = torch.nn.Parameter(change(embeddings.position_embeddings.data))
 
 
+def add_tokens(model) -> None:
+    draw = torch.Generator().manual_seed(1)
+    model.embeddings.cls_token = torch.nn.Parameter(torch.randn(1, 3, 32, generator=draw))
+    set_positions(model, lambda p: torch.cat((p, p[:, :2]), 1))
+
+
 @pytest.mark.parametrize("family", VISION)
 @torch.no_grad()
 def test_whatever_is_no_cutting_is_left_to_the_module(family, convolutions):
@@ -84,6 +90,7 @@ def test_whatever_is_no_cutting_is_left_to_the_module(family, convolutions):
         "stride": lambda m: setattr(m.embeddings.patch_embeddings.projection, "stride", (3, 3)),
         "positions of each row": lambda m: set_positions(m, lambda p: p.repeat(3, 1, 1)),
         "positions of fp64": lambda m: set_positions(m, torch.Tensor.double),
+        "more tokens": add_tokens,
         "pictures too large": lambda m: None,
     }
     for name, change in changes.items():
