@@ -207,10 +207,17 @@ def read_encoder_call(
         check_dense("attention_mask", mask, 2, binding.device)
     if torch.is_grad_enabled():
         check_gradients([*binding.base.parameters(), *call.values()])
+        if not encoder.owned(binding.base):
+            raise FusionError(
+                Reason.GRADIENTS,
+                "gradients are enabled, and what sees the embeddings may require them",
+            )
     if call.get(encoder.arguments[0]) is None and call.get("inputs_embeds") is None:
         raise FusionError(Reason.INPUT, f"{encoder.arguments[0]} is None")
     x = encoder.embed(binding.base, call)
     x = check_hidden("the embeddings", x, binding)
+    if torch.is_grad_enabled():
+        check_gradients([x])
     if mask is not None:
         if tuple(mask.shape) != tuple(x.shape[:2]):
             raise FusionError(

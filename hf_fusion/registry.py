@@ -60,7 +60,7 @@ class EncoderCalls(NamedTuple):
     `arguments`: names its forward passes to the embeddings. `embed(base, call)`: hidden states (B,
     S, hidden) from those of them that are in the dict `call`. `finish(base, hidden)`: the model
     output. `owned(base)`: whether nothing else holds what `embed` returns now, so that the layers'
-    result may take its place.
+    result may take its place, and asks for gradients in it.
     """
 
     arguments: tuple[str, ...]

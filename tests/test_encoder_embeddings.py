@@ -13,6 +13,7 @@ from twins import ENCODERS
 
 import hf_fusion
 from hf_fusion.registry import families
+from hf_fusion.report import Reason
 from hf_fusion.transform import meter
 
 pytestmark = [
@@ -137,6 +138,35 @@ def test_a_hook_keeps_what_it_saw(family):
         assert_same(kept[:2], kept[2:], f"{family}: hook on embeddings.{name}")
         assert noted(model).calls["encode"] == 1
         assert kept[0].data_ptr() != kept[1].data_ptr()
+
+
+def ask_in_a_hook(embeddings, ran: list) -> None:
+    embeddings.register_forward_hook(lambda module, args, out: ran.append(out.requires_grad_()))
+
+
+def hold_a_plain_weight(embeddings, ran: list) -> None:
+    norm = next((m for m in embeddings.modules() if hasattr(m, "eps")), None)
+    place, name = (norm, "bias") if norm is not None else (embeddings, "cls_token")
+    plain = getattr(place, name).detach().clone().requires_grad_()
+    delattr(place, name)
+    setattr(place, name, plain)
+    ran.append(plain)
+
+
+@pytest.mark.parametrize("ask", (ask_in_a_hook, hold_a_plain_weight))
+@pytest.mark.parametrize("family", ENCODERS)
+def test_gradients_that_no_parameter_asks_for_are_stock_s(family, ask):
+    model, stock = encoder_pair(family)
+    call = {"pixel_values": pixels(model)} if family in VISION else sample(family)
+    found = []
+    for m in (model, stock):
+        ran: list = []
+        ask(m.requires_grad_(False).embeddings, ran)
+        m(**call).last_hidden_state.square().sum().backward()
+        assert len(ran) == 1, f"ran {len(ran)} times"
+        found.append(ran[0].grad)
+    assert torch.equal(*found) and bool(found[0].any())
+    assert set(noted(model).refused) == {Reason.GRADIENTS.value}
 
 
 def doubled(forward):
