@@ -53,6 +53,9 @@ def check_parameter(
         raise FusionError(Reason.MIXED_DTYPE, f"{owner} is {tensor.dtype}, the rest is {dtype}")
     if tensor.layout is not torch.strided or not tensor.is_contiguous():
         raise FusionError(Reason.LAYOUT, f"{owner} is not dense and contiguous")
+    end = tensor.storage_offset() * tensor.element_size() + tensor.nbytes
+    if end > tensor.untyped_storage().nbytes():
+        raise FusionError(Reason.LAYOUT, f"{owner} ends beyond its storage")
     if tuple(tensor.shape) != tuple(shape):
         raise FusionError(
             Reason.SHAPE, f"{owner} has shape {tuple(tensor.shape)}, expected {tuple(shape)}"

@@ -66,6 +66,11 @@ def transposed(model):
     weight.data = weight.data.t().contiguous().t()
 
 
+def cut(model):
+    storage = first_linear(model).weight.untyped_storage()
+    storage.resize_(storage.nbytes() // 2)
+
+
 MODELS = {
     "NaN in a weight": (bias_nan, FUSED),
     "mixed dtypes": (mixed, {Reason.MIXED_DTYPE}),
@@ -76,6 +81,7 @@ MODELS = {
     "a replaced layer": (own_layer_forward, {Reason.FORWARD_REPLACED}),
     "a subclass": (subclass, {Reason.MODULE_TYPE}),
     "a strided weight": (transposed, {Reason.LAYOUT}),
+    "a storage cut short": (cut, {Reason.LAYOUT}),
     "a layer less": (lambda m: parts_of(m).__delitem__(1), FUSED),
     "no layers": (lambda m: parts_of(m).__delitem__(slice(None)), {Reason.STRUCTURE}),
     "one more child": (lambda m: parts_of(m)[0].add_module("more", nn.Identity()),
