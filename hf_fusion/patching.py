@@ -128,15 +128,19 @@ def patched(
     packed: bool | None = None,
 ) -> Iterator[Report]:
     """`patch` for a with statement; what was there before is there again afterwards."""
-    handle = vars(model).get(KEY)
-    before = handle.state if type(handle) is Handle else None
+    before: dict[State, nn.Module] = {}  # parts may have patches of their own
+    for module in model.modules():
+        handle = vars(module).get(KEY)
+        if type(handle) is Handle:
+            before.setdefault(handle.state, module)
     report = patch(model, fusion, backend, strict, packed)
     try:
         yield report
     finally:
         unpatch(model)
-        if before is not None:
-            _install(model, before)
+        for state, module in before.items():
+            unpatch(module)
+            _install(module, state)
 
 
 def stats(model: nn.Module) -> Stats:

@@ -246,18 +246,45 @@ def test_question_answering_scores_padding_as_stock():
     assert hf_fusion.stats(model).fused == 1
 
 
-def test_a_second_family_in_the_model_is_reported():
+def dual():
     torch.manual_seed(0)
     vision = ViTConfig(image_size=30, patch_size=6, **SIZES)
     config = VisionTextDualEncoderConfig.from_vision_text_configs(
         vision, BertConfig(vocab_size=99, **SIZES), projection_dim=16
     )
-    model = VisionTextDualEncoderModel(config).eval()
+    return VisionTextDualEncoderModel(config).eval()
+
+
+def test_a_second_family_in_the_model_is_reported():
+    model = dual()
     report = hf_fusion.patch(model)
     reasons = [layer.reason for layer in report.layers]
     assert reasons == [None, None, Reason.OTHER_FAMILY] and "BertModel" in str(report)
     with pytest.raises(FusionError, match="of another family"):
         hf_fusion.patch(model, strict=True)
+
+
+def test_patched_restores_the_patches_of_parts():
+    model = dual()
+    hf_fusion.patch(model)
+    hf_fusion.patch(model.text_model, "attention")
+    before = hf_fusion.stats(model), hf_fusion.stats(model.text_model)
+    with hf_fusion.patched(model, "attention+up"), torch.no_grad():
+        model.get_text_features(IDS), model.get_image_features(torch.randn(1, 3, 30, 30))
+    with torch.no_grad():
+        model.get_text_features(IDS), model.get_image_features(torch.randn(1, 3, 30, 30))
+    assert (hf_fusion.stats(model), hf_fusion.stats(model.text_model)) == before
+    assert before[0].calls["encode"] == 1 and before[1].calls["layer"] == 2
+    model = neox()
+    hf_fusion.patch(model, "attention")
+    hf_fusion.patch(model.gpt_neox)
+    before = hf_fusion.stats(model), hf_fusion.stats(model.gpt_neox)
+    with hf_fusion.patched(model):
+        pass
+    with torch.no_grad():
+        model(IDS)
+    assert (hf_fusion.stats(model), hf_fusion.stats(model.gpt_neox)) == before
+    assert not before[0].fused and before[1].calls["step"] + before[1].calls["prefill"] == 1
 
 
 def test_a_layer_of_a_subclass_is_reported():
