@@ -113,7 +113,8 @@ class Report:
 
     `family` is None where no family file knows the model. `packed_bytes`: what the copies of
     weights take that the calls make and keep.
-    `reason` and `detail` say why the whole model runs stock, where it does.
+    `reason` and `detail` say why a whole model does not run in one call, where that shows: it runs
+    stock, or as far as `layers` go.
     """
 
     model: str
@@ -155,7 +156,8 @@ class Report:
         )
         lines = [head]
         if self.reason is not None:
-            lines.append(f"runs stock: {self.reason.value} ({self.detail})")
+            how = "not in one call" if self.fused_layers else "runs stock"
+            lines.append(f"{how}: {self.reason.value} ({self.detail})")
         rows = [
             (
                 str(layer.index),

@@ -13,6 +13,8 @@ from transformers import (
     BertConfig,
     BertForQuestionAnswering,
     BertModel,
+    EncoderDecoderConfig,
+    EncoderDecoderModel,
     GenerationMixin,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
@@ -285,6 +287,20 @@ def test_patched_restores_the_patches_of_parts():
         model(IDS)
     assert (hf_fusion.stats(model), hf_fusion.stats(model.gpt_neox)) == before
     assert not before[0].fused and before[1].calls["step"] + before[1].calls["prefill"] == 1
+
+
+def test_a_report_says_stock_of_what_runs_stock():
+    torch.manual_seed(0)
+    parts = (BertConfig(vocab_size=99, **SIZES) for _ in range(2))
+    config = EncoderDecoderConfig.from_encoder_decoder_configs(*parts)
+    model = EncoderDecoderModel(config=config).eval()
+    report = hf_fusion.patch(model)
+    assert report.reason is Reason.NOT_ENCODER and report.fused_layers == 2
+    assert "runs stock" not in str(report) and "not in one call: not an encoder" in str(report)
+    with torch.no_grad():
+        model(IDS, decoder_input_ids=IDS)
+    assert hf_fusion.stats(model).calls["encode"] == 1
+    assert "runs stock: not an encoder" in str(hf_fusion.patch(model.decoder))
 
 
 def test_a_layer_of_a_subclass_is_reported():
