@@ -19,6 +19,7 @@ from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from . import streams
+from .arguments import check_hidden
 from .binding import LayerBinding, ModelBinding
 from .cache import CACHE, Layout
 from .guard import (
@@ -202,7 +203,7 @@ def _run_model(handle: Handle, module: nn.Module, call: dict[str, Any]) -> Any:
     """A whole model in one call of the back end; FusionError before anything has happened."""
     state, binding = handle.state, _bound(handle, module)
     if state.family.encoder is not None:
-        return _run_encoder(state, binding, module, call)
+        return _run_encoder(handle, binding, module, call)
     ids, embeds, cache, slots, mask, positions, keep, rows = read_model_call(
         binding, call, vars(module.config)
     )
@@ -251,11 +252,14 @@ def native_steps(
     return tokens
 
 
-def _run_encoder(state: State, binding: ModelBinding, module: nn.Module, call: dict) -> Any:
-    encoder = state.family.encoder
+def _run_encoder(handle: Handle, binding: ModelBinding, module: nn.Module, call: dict) -> Any:
+    state, encoder = handle.state, handle.state.family.encoder
     x, mask, owned = read_encoder_call(
         binding, call, vars(module.config), encoder, state.every_row
     )
+    if not owned:  # what sees the embeddings may have changed layers
+        binding = handle.model_binding(module)
+        x = check_hidden("the embeddings", x, binding)
     hidden = binding.backend.encode(binding.native, x, mask, owned)
     _count(state, "encode")
     return encoder.finish(module, hidden)

@@ -140,6 +140,33 @@ def test_a_hook_keeps_what_it_saw(family):
         assert kept[0].data_ptr() != kept[1].data_ptr()
 
 
+@pytest.mark.parametrize("family", ENCODERS)
+@torch.no_grad()
+def test_a_hook_may_change_the_layers(family):
+    model, stock = encoder_pair(family)
+    call = {"pixel_values": pixels(model)} if family in VISION else sample(family)
+    found = []
+    for m in (model, stock):
+        before = m(**call).last_hidden_state
+        layers = next(n for n in m.modules() if isinstance(n, torch.nn.ModuleList))
+        weight = next(n for n in layers.modules() if isinstance(n, torch.nn.Linear)).weight
+
+        def hook(module, args, out, weight=weight):
+            weight.data = 2.0 * weight.data
+
+        m.embeddings.register_forward_hook(hook)
+        found.append([m(**call).last_hidden_state for _ in range(2)])
+        assert not torch.equal(found[-1][0], before)
+    assert_same(*found, family)
+    assert noted(model).calls["encode"] == 3
+    model, stock = encoder_pair(family)
+    for m in (model, stock):
+        layers = next(n for n in m.modules() if isinstance(n, torch.nn.ModuleList))
+        m.embeddings.register_forward_hook(lambda *_, layers=layers: layers.half() and None)
+    got, want = (outcome(lambda m=m: [m(**call).last_hidden_state]) for m in (model, stock))
+    assert_same_outcome(got, want, f"{family}, layers cast on the way")
+
+
 def ask_in_a_hook(embeddings, ran: list) -> None:
     embeddings.register_forward_hook(lambda module, args, out: ran.append(out.requires_grad_()))
 
