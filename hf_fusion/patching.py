@@ -28,8 +28,9 @@ _PASSING = {
     Reason.DTYPE,
     Reason.MIXED_DTYPE,
 }
-# heads whose softmax runs over positions, padding among them
+# what reads one position for another, padding among them: heads with a softmax over all, and layers
 _SCORING_PADDING = "ForQuestionAnswering"
+_MIXING_PADDING = (nn.Conv1d, nn.RNNBase, nn.MultiheadAttention)
 _REPLICATE = "_replicate_for_data_parallel"
 
 
@@ -81,7 +82,10 @@ def patch(
         raise FusionError(
             Reason.ARGUMENT, f"packed is {packed!r}, expected True, False or None"
         )
-    every_row = any(type(m).__name__.endswith(_SCORING_PADDING) for m in model.modules())
+    every_row = any(
+        type(m).__name__.endswith(_SCORING_PADDING) or isinstance(m, _MIXING_PADDING)
+        for m in model.modules()
+    )
     state = State(family, fusion, backend, strict, resolved, layers, failure, packed, every_row)
     report = _examine(model, state)
     if strict:

@@ -7,9 +7,10 @@ import importlib
 
 import pytest
 import torch
-from encoders import TEXT, VISION, Case, arguments, cast
+from encoders import TEXT, VISION, Case, arguments, cast, encoder_pair
 from pairs import assert_same, noted
 from shapes import DTYPES
+from torch import nn
 from transformers import pipeline
 from twins import ENCODERS, Output, Twin, fused_hits, judge_all, resolve
 
@@ -149,6 +150,39 @@ def test_losses_and_gradients(family, cls):
             assert (one.grad is None) == (two.grad is None)
             assert one.grad is None or torch.equal(one.grad, two.grad), f"gradient of {name}"
         noted(pair.fused)
+
+
+class Tagger(nn.Module):
+    """An encoder under a head of somebody's own, which takes no mask."""
+
+    def __init__(self, encoder: nn.Module, kind: str):
+        super().__init__()
+        self.encoder = encoder
+        self.head = {
+            "recurrent": lambda: nn.LSTM(32, 8, batch_first=True, bidirectional=True),
+            "convolution": lambda: nn.Conv1d(32, 8, 3, padding=1),
+            "attention": lambda: nn.MultiheadAttention(32, 4, batch_first=True),
+        }[kind]()
+
+    def forward(self, **call):
+        x = self.encoder(**call).last_hidden_state
+        if isinstance(self.head, nn.Conv1d):
+            return self.head(x.transpose(1, 2)).transpose(1, 2)
+        return (self.head(x, x, x) if isinstance(self.head, nn.MultiheadAttention) else
+                self.head(x))[0]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ("recurrent", "convolution", "attention"))
+@torch.no_grad()
+def test_a_head_that_reads_padding_reads_stock_s(kind):
+    stock = Tagger(encoder_pair("bert", None)[0], kind).eval()
+    model = copy.deepcopy(stock)
+    hf_fusion.patch(model)
+    call = arguments("bert", Case("right", 3, 17, 1))
+    live = call["attention_mask"] != 0
+    assert not bool(live.all())
+    assert_same([model(**call)[live]], [stock(**call)[live]], kind)
+    assert noted(model).calls["encode"] == 1
 
 
 def same_pipeline(task: str, model, inputs, numbers, **parts) -> None:
