@@ -36,6 +36,7 @@ _REFUSED = ("softcap", "s_aux", "sinks", "head_mask", "layer_head_mask")
 _UNREAD = {
     "position_ids", "use_cache", "output_hidden_states", "return_dict", "num_items_in_batch",
     "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx", "logits_to_keep",
+    "tokenizer", "assistant_tokenizer",
 }  # fmt: skip
 
 

@@ -42,16 +42,17 @@ _functorch = torch._C._functorch.peek_interpreter_stack
 _tracing = torch._C._get_tracing_state
 _autocast = torch.is_autocast_enabled
 
-# num_items_in_batch, which Trainer passes down, is for losses alone
+# num_items_in_batch, which Trainer passes down, is for losses alone; the tokenizers, which stop
+# strings need, generate() passes down for nothing
 _MODEL_ARGUMENTS = {
     "input_ids", "attention_mask", "position_ids", "inputs_embeds", CACHE, OLD_NAME, "use_cache",
     "return_dict", "output_attentions", "output_hidden_states", "is_causal", "labels",
-    "logits_to_keep", "cache_position", "num_items_in_batch",
+    "logits_to_keep", "cache_position", "num_items_in_batch", "tokenizer", "assistant_tokenizer",
 }  # fmt: skip
 _LAYER_ARGUMENTS = {
     "hidden_states", "attention_mask", "position_ids", "use_cache", "position_embeddings",
     "output_attentions", "output_hidden_states", "is_causal", "cache_position",
-    "num_items_in_batch",
+    "num_items_in_batch", "tokenizer", "assistant_tokenizer",
 }  # fmt: skip
 
 

@@ -95,10 +95,8 @@ def plain(model, inputs, **options):
     )
 
 
-def long_run(model, inputs):
-    return plain(
-        model, inputs, max_new_tokens=90, eos_token_id=None
-    )  # a cache grows past its first buffers
+def long_run(model, inputs):  # a cache grows past its first buffers
+    return plain(model, inputs, max_new_tokens=90, eos_token_id=None)
 
 
 def with_embeds(model, inputs):
@@ -212,6 +210,7 @@ MODES = {
         logits_processor=LogitsProcessorList([Shift()]), repetition_penalty=1.3, min_new_tokens=5,
         padded=True,
     ),
+    "tokenizers, which stop strings need": mode(tokenizer=object(), assistant_tokenizer=object()),
     "criteria": mode(stopping_criteria=StoppingCriteriaList([StopAt()])),
     "scores and logits": mode(dictionary, output_scores=True, output_logits=True, padded=True),
     "hidden states": mode(dictionary, output_hidden_states=True, downgraded=(Reason.OUTPUTS,)),
