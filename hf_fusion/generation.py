@@ -34,7 +34,8 @@ _NEUTRAL = {
     "exponential_decay_length_penalty": None, "guidance_scale": 1.0, "watermarking_config": None,
     "remove_invalid_values": False, "renormalize_logits": False, "num_return_sequences": 1,
     "penalty_alpha": None, "dola_layers": None, "prompt_lookup_num_tokens": None,
-    "stop_strings": None, "max_time": None,
+    "stop_strings": None, "max_time": None, "constraints": None, "force_words_ids": None,
+    "token_healing": False,
 }  # fmt: skip
 _SAMPLED_NEUTRAL = {
     "min_p": None, "top_h": None, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0,

@@ -372,8 +372,9 @@ def test_a_wrong_value_is_named(options, words):
 
 def test_a_configuration_that_asks_for_more_is_refused():
     model = model_of()
-    for name, value in {"repetition_penalty": 1.2, "num_beams": 3, "min_new_tokens": 4}.items():
-        before = getattr(model.generation_config, name)
+    more = {"repetition_penalty": 1.2, "num_beams": 3, "min_new_tokens": 4}
+    for name, value in (more | {"token_healing": True, "constraints": ()}).items():
+        before = getattr(model.generation_config, name, None)
         setattr(model.generation_config, name, value)
         with pytest.raises(FusionError, match=f"{name} is {value}"):
             hf_fusion.generate(model, tokens(0, 1, 3), max_new_tokens=2)
