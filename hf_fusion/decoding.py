@@ -171,15 +171,30 @@ def _run(model, input_ids, plan: _Plan, config: Any, streamer: Any, call: dict) 
         plan.sampler, None, plan.eos, 0 if pad is None else int(pad), streamer, cache,
     )  # fmt: skip
     loop.begin(plan.past, call.get("position_ids"))
-    loop.run(plan.steps, _CHECK_EVERY)
+    try:
+        loop.run(plan.steps, _CHECK_EVERY)
+    except BaseException:
+        if streamer is not None:  # the cache may go on after what the streamer was given
+            _shorten(cache, max(plan.past, loop.streamed))
+        raise
     tokens = loop.tokens[:, : loop.length()].clone()
-    # a row that ends inside a native call has gone on
-    further = int(cache.get_seq_length()) - (tokens.shape[1] - 1)
-    if further > 0 and type(cache) is DynamicCache:
-        cache.crop(-further)
+    if type(cache) is DynamicCache:  # a row that ends inside a native call has gone on
+        _shorten(cache, tokens.shape[1] - 1)
     if not config.return_dict_in_generate:
         return tokens
     return GenerateDecoderOnlyOutput(sequences=tokens, **{CACHE: cache})
+
+
+def _shorten(cache: DynamicCache | StaticCache, length: int) -> None:
+    """Takes what lies after the first `length` tokens out of a cache."""
+    further = int(cache.get_seq_length()) - length
+    if further > 0 and type(cache) is DynamicCache:
+        cache.crop(-further)
+    elif further > 0:
+        for layer in cache.layers:
+            layer.keys[:, :, length:].zero_()
+            layer.values[:, :, length:].zero_()
+            layer.cumulative_length.fill_(length)
 
 
 def _own_method(model, input_ids, processors, criteria, config, call, inputs_tensor, streamer):

@@ -204,7 +204,7 @@ class Loop:
         last = min(self.prompt + done, self.length())
         for token in self.tokens[:, self.streamed : last].t().cpu():
             self.streamer.put(token.clone())
-        self.streamed = max(self.streamed, last)
+            self.streamed += 1
 
 
 def _special(model: nn.Module, eos: Any, pad: Any) -> tuple[list[int], int | None]:

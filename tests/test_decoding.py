@@ -201,6 +201,38 @@ def test_a_streamer(options):
             generated(model, inputs, num_beams=2)
 
 
+@pytest.mark.parametrize("kind", (DynamicCache, StaticCache))
+def test_what_a_streamer_raises_ends_the_cache_where_stock_s_ends(kind, native_calls):
+    model, inputs = model_of(), prompt(1, 7, 21, False)
+    room = {"max_cache_len": 7 + NEW} if kind is StaticCache else {}
+
+    class Failing(Collector):
+        def put(self, value):
+            super().put(value)
+            if len(self.tokens) >= most:
+                raise InterruptedError
+
+    for most in (1, 8, 12):
+        caches = [kind(config=model.config, **room) for _ in range(2)]
+        with pytest.raises(InterruptedError):
+            generated(
+                model, inputs, streamer=Failing(), past_key_values=caches[1], eos_token_id=None
+            )
+        method = functools.partial(hf_fusion.custom_generate, streamer=Failing())
+        with (
+            hf_fusion.patched(model),
+            by_default(model, method),
+            pytest.raises(InterruptedError),
+        ):
+            generated(model, inputs, past_key_values=caches[0], eos_token_id=None)
+        assert bool(native_calls) == (most == 12)
+        for one, two in zip(caches[0].layers, caches[1].layers, strict=True):
+            assert one.get_seq_length() == two.get_seq_length()
+            if one.get_seq_length():
+                torch.testing.assert_close(one.keys, two.keys)
+                torch.testing.assert_close(one.values, two.values)
+
+
 def test_a_device_keeps_its_own_method():
     model, ids = model_of(), torch.zeros(1, 3, dtype=torch.int64, device="meta")
     with pytest.raises(hf_fusion.FusionError, match="the model is on meta"):
