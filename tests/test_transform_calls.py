@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import pickle
 
@@ -60,6 +61,10 @@ def _switched(model):
     model.config.return_dict = False
 
 
+def _other_epsilon(model):
+    model.encoder.layer[0].output.LayerNorm.eps = 1.0
+
+
 CHANGES = {
     "weights": (_scaled, Reason.CHANGED),
     "optimizer": (_stepped, Reason.CHANGED),
@@ -71,6 +76,7 @@ CHANGES = {
     "layers": (_shorter, Reason.CHANGED),
     "cast": (lambda model: model.to(torch.bfloat16), Reason.CHANGED),
     "cast and back": (lambda model: model.to(torch.bfloat16).float(), Reason.CHANGED),
+    "epsilon": (_other_epsilon, Reason.CHANGED),
     "switch": (_switched, Reason.CHANGED),
 }
 
@@ -89,6 +95,39 @@ def test_a_model_that_was_changed_runs_itself(name):
     got = fused(ids)
     assert type(got) is type(want) and graphs.furthest(got, want) == 0
     assert fused.stats.refused == {reason.value: 1}
+
+
+def _config(scale, shift):
+    inner = transformers.PretrainedConfig(shift=shift)
+    return transformers.PretrainedConfig(scale=scale, inner=inner)
+
+
+class Configured(nn.Module):
+    """Reads what it does from a configuration, which no attention does, and from attributes."""
+
+    def __init__(self):
+        super().__init__()
+        self.config = _config(2.0, 1)
+        self.linear, self.act, self.power = nn.Linear(8, 8), torch.tanh, 1
+
+    def forward(self, x):
+        y = self.act(self.linear(x) * self.config.scale + self.config.inner.shift) ** self.power
+        return (y, x) if self.config.output_hidden_states else y
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [("config.scale", 3.0), ("config.inner.shift", 2), ("config.output_hidden_states", True),
+     ("act", torch.sigmoid), ("power", 3), ("power", torch.arange(8)), ("linear.eps", 1),
+     ("config", _config(1.0, 5))],
+)  # fmt: skip
+def test_configurations_and_attributes_that_were_changed_are_read(path, value):
+    model, x = Configured().eval(), torch.randn(2, 13, 8)
+    fused = fuse(model, x, shapes=1)
+    owner, _, name = path.rpartition(".")
+    setattr(functools.reduce(getattr, filter(None, owner.split(".")), model), name, value)
+    assert graphs.furthest(fused(x), model(x)) < 1e-6
+    assert fused.stats.refused == ({} if name == "eps" else {Reason.CHANGED.value: 1})
 
 
 def test_a_change_taken_back_is_none():

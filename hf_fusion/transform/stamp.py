@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from operator import attrgetter
+from types import BuiltinFunctionType, FunctionType
+from typing import Any
 
 from torch import nn
 
 from ..report import FusionError, Reason
 from ..watch import GLOBAL, Watch, is_inert
-from .interface import configurations
 
+# what transformers may add to a configuration that had none; absent is None
 _SWITCHES = (
     "return_dict", "output_hidden_states", "output_attentions", "_output_attentions", "use_cache",
     "is_causal",
 )  # fmt: skip
+_PLAIN = {bool, int, float, str, tuple, type(None), FunctionType, BuiltinFunctionType}
 _version = attrgetter("_version")
 
 
@@ -25,9 +29,47 @@ def _hooks(module: nn.Module) -> tuple:
     )
 
 
+def _configurations(model: nn.Module) -> list[dict]:
+    """What the modules' configurations hold, and those inside them, each once."""
+    waiting = [vars(module).get("config") for module in model.modules()]
+    found: dict[int, dict] = {}
+    while waiting:
+        config = waiting.pop()
+        namespace = config if isinstance(config, dict) else getattr(config, "__dict__", None)
+        if isinstance(namespace, dict) and id(namespace) not in found:
+            found[id(namespace)] = namespace
+            waiting += [v for v in namespace.values() if hasattr(v, "to_diff_dict")]
+    return list(found.values())
+
+
+def _plain(model: nn.Module) -> Iterator[tuple[dict, str, Any]]:
+    """(namespace, name, value) of what modules and configurations hold beside modules and tensors:
+    numbers, strings, functions.
+    """
+    for config in _configurations(model):
+        yield from ((config, name, config.get(name)) for name in _SWITCHES)
+        yield from _public(config)
+    for module in model.modules():
+        yield from _public(vars(module))
+
+
+def _public(namespace: dict) -> Iterator[tuple[dict, str, Any]]:
+    for name, value in namespace.items():
+        if type(value) in _PLAIN and isinstance(name, str) and not name.startswith("_"):
+            yield namespace, name, value
+
+
+def _equal(left: list, right: list) -> bool:
+    try:
+        return left == right
+    except Exception:  # as tensors raise that have come in the place of numbers
+        return False
+
+
 class Stamp:
-    """A model's modules, parameters and buffers, their versions, flags, hooks and the switches of
-    its configurations, as they are now. Writes through `.data` leave no version.
+    """A model's modules with their plain attributes, its parameters and buffers, their versions,
+    flags, hooks and configurations, as they are now. Writes through `.data` leave no version, nor
+    do writes into lists and dictionaries.
     """
 
     def __init__(self, model: nn.Module):
@@ -41,6 +83,8 @@ class Stamp:
                 for key in container:
                     watch.entry(container, key)
             watch.entry(namespace, "training")
+            if "config" in namespace:
+                watch.entry(namespace, "config")
             watch.modules.append(module)
             watch.types.append(type(module))
             if "forward" in namespace:
@@ -61,10 +105,8 @@ class Stamp:
         self._kept = [tensor.detach() for tensor in tensors]
         self._counted = [tensor for tensor in tensors if not tensor.is_inference()]
         self._versions = list(map(_version, self._counted))
-        self._switches = [
-            (vars(config), {name: vars(config).get(name) for name in _SWITCHES})
-            for config in configurations(model)
-        ]
+        self._plain = list(_plain(model))
+        self._dicts, self._names, self._values = map(list, zip(*self._plain))
         self._modules = [(m, m.training, _hooks(m)) for m in watch.modules]
 
     def check(self) -> None:
@@ -78,15 +120,17 @@ class Stamp:
             and self._watch.intact()
             and list(map(len, self._containers)) == self._sizes
             and all(_hooks(module) == hooks for module, hooks in self._hooked)
-            and self._switched() is None
+            and self._alike()
         )
 
-    def _switched(self) -> str | None:
-        for namespace, switches in self._switches:
-            get = namespace.get
-            for name, value in switches.items():
-                if get(name) != value:
-                    return name
+    def _alike(self) -> bool:
+        return _equal(list(map(dict.get, self._dicts, self._names)), self._values)
+
+    def _renewed(self) -> str | None:
+        """The first plain value that is another."""
+        for namespace, name, value in self._plain:
+            if not _equal([namespace.get(name)], [value]):
+                return name
         return None
 
     def _facts(self) -> tuple:
@@ -104,9 +148,9 @@ class Stamp:
                 raise FusionError(Reason.TRAINING, f"the mode of a {kind} has changed {again}")
             if _hooks(module) != hooks:
                 raise FusionError(Reason.HOOKS, f"hooks of a {kind} have changed {again}")
-        switch = self._switched()
-        if switch is not None:
-            raise FusionError(Reason.CHANGED, f"{switch} of its configuration has changed {again}")
+        name = self._renewed()
+        if name is not None:
+            raise FusionError(Reason.CHANGED, f"its {name} has changed {again}")
         if any(GLOBAL):
             raise FusionError(Reason.HOOKS, "hooks or attention functions are set for all models")
         fresh = Stamp(self._model)
