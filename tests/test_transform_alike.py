@@ -68,11 +68,19 @@ def _together_interleaved(t):
     return t.permute(0, 2, 3, 1).reshape(-1, 13, 8)
 
 
+def _lowest(*rows):
+    """An additive mask that gives all keys of some queries the lowest number."""
+    mask = torch.where(SEEN, 0.0, torch.finfo(torch.float32).min)
+    mask[..., rows, :] = torch.finfo(torch.float32).min
+    return mask
+
+
 SEEN = torch.ones(1, 1, 13, 13).tril().bool()
 LAYERS = {
     "plain": (Layer(_apart, _together), True),
     "mask": (Layer(_apart, _together, mask=SEEN), True),
     "additive mask": (Layer(_apart, _together, mask=torch.where(SEEN, 0.0, -1e4)), True),
+    "a query with the lowest number": (Layer(_apart, _together, mask=_lowest(2, 5)), True),
     "interleaved": (Layer(_apart_interleaved, _together), False),
     "interleaved after": (Layer(_apart, _together_interleaved), False),
     "alpha": (Layer(_apart, _together, alpha=0.5), False),

@@ -111,7 +111,17 @@ class NativeLayer(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """x (B, S, hidden); mask as the attention takes it."""
         with meter.opaque("native layer", 1) as written:
+            mask = mask if mask is None or mask.dtype == torch.bool else _not_blind(mask)
             return written(self._backend.block(self._block, "full", x, None, mask, None, None))
+
+
+def _not_blind(mask: Tensor) -> Tensor:
+    """The additive mask, where it gives all keys of a query the dtype's lowest number a higher one:
+    a sum with it leaves such a query all of them, and the kernel would leave it none.
+    """
+    hidden, highest = 0.99 * torch.finfo(mask.dtype).min, mask.amax(-1, keepdim=True)
+    blind = (highest <= hidden) & highest.isfinite()
+    return mask.masked_fill(blind & (mask == highest), hidden) if bool(blind.any()) else mask
 
 
 def _refuses(site: Site) -> str | None:
