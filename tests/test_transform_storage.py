@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import copy
 import json
 import shutil
@@ -10,6 +11,7 @@ import graphs
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from hf_fusion import FusionError, Reason
 from hf_fusion.transform import FusedModel, fuse
@@ -88,6 +90,11 @@ def _renamed(described):
     node["target"] = "x=__import__('torch').__setattr__('hf_fusion_was_here', 1)"
 
 
+def _power(*args):
+    """A change by which the graph computes with numbers of Python first."""
+    return _inserted("operator::pow", *args)
+
+
 MARK = "torch.hf_fusion_was_here=1"
 CHANGES = [
     _inserted("aten::manual_seed.default", 7), _inserted("aten::set_grad_enabled.default", False),
@@ -102,6 +109,7 @@ CHANGES = [
     _set("signature", "dtypes", [{"dtype": "nonsense"}]), _set("signature", "sizes", []),
     _set("signature", "dtypes", [{"dtype": "int32"}]), _set("signature", "structure", "[1,{}]"),
     _set("signature", "structure", "{"), _set("signature", "positional", 3),
+    _power(7, 2**31), _power(2**64, 2), _power("a", 2), _inserted("operator::mul", "a", 2**40),
     _set("output", "[1, null]"), _set("output_modules", ["transformers.nope"]),
 ]  # fmt: skip
 
@@ -121,6 +129,40 @@ def test_whatever_a_changed_graph_says_it_is_refused_and_does_nothing(
         FusedModel.load(tmp_path)
     assert torch.initial_seed() == seed and not hasattr(torch, "hf_fusion_was_here")
     assert len(list(tmp_path.iterdir())) == 2
+
+
+class Draws(nn.Module):
+    """What `made` makes of a projection."""
+
+    def __init__(self, made):
+        super().__init__()
+        self.linear, self.made = nn.Linear(8, 8), made
+
+    def forward(self, x):
+        return self.made(self.linear(x))
+
+
+Pair = collections.namedtuple("Pair", "left right")
+
+
+@pytest.mark.parametrize(
+    ("made", "what"),
+    [(lambda y: nn.functional.dropout(y, 0.5, True), "dropout drops values at random"),
+     (lambda y: y + torch.rand(8), "calls aten.rand.default"),
+     (lambda y: Pair(y.tanh(), y.relu()), "nested as cannot be stored: .*Pair")],
+)  # fmt: skip
+def test_what_load_would_refuse_is_not_saved(made, what, tmp_path):
+    fused = fuse(Draws(made).eval(), torch.randn(2, 13, 8), shapes=1)
+    with pytest.raises(FusionError, match=what) as caught:
+        fused.save(tmp_path / "model")
+    assert caught.value.reason is Reason.ARGUMENT and not (tmp_path / "model").exists()
+
+
+def test_numbers_read_out_of_tensors_are_read_by_what_was_loaded(tmp_path):
+    fused = fuse(Draws(lambda y: y * y.sum().item()).eval(), torch.randn(2, 13, 8), shapes=1)
+    fused.save(tmp_path)
+    x = torch.randn(3, 5, 8)
+    assert graphs.furthest(FusedModel.load(tmp_path)(x), fused(x)) < 1e-4
 
 
 @pytest.fixture(scope="module")

@@ -11,10 +11,8 @@ from __future__ import annotations
 import importlib
 import json
 import math
-import operator
 import re
 from collections.abc import Callable
-from keyword import iskeyword
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +22,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from ..report import FusionError, Reason
+from .allowed import check_numbers, drops, names, resolved, target_name
 from .backends import chosen
 from .capture import Capture, Signature
 from .conditions import unmet
@@ -35,23 +35,8 @@ from .site import attribute
 
 FORMAT = 2
 GRAPH, WEIGHTS = "graph.json", "weights.safetensors"
-_NAMESPACES = ("aten", "hf_fusion")
-_OPERATORS = ("getitem", "add", "sub", "mul", "floordiv", "mod", "neg", "truediv", "pow",
-              "eq", "ne", "lt", "le", "gt", "ge", "and_", "or_", "not_")  # fmt: skip
-# of those that read no tensor, the ones that make one of their arguments alone
-_MAKERS = {"arange", "empty", "eye", "full", "linspace", "ones", "scalar_tensor", "tril_indices",
-           "triu_indices", "zeros"}  # fmt: skip
-# of those that may draw random numbers, the ones that do not without dropout
-_DROPOUT = {"dropout", "scaled_dot_product_attention"}
-# of those that are torch's own business, the ones that are not among its core operators
-_PRIVATE = {"__and__", "__or__", "__xor__", "_convolution", "_unsafe_view", "_unsafe_index",
-            "_weight_norm", "_weight_norm_interface"}  # fmt: skip
-_RESULTS = ("Tensor", "List[Tensor]", "int", "SymInt", "float", "bool", "number")
 _KINDS = {"dtype": torch.dtype, "layout": torch.layout, "memory_format": torch.memory_format}
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
-
-
-_has_kernel = torch._C._dispatch_has_kernel
 
 
 def save(fused: FusedModel, folder: Any) -> None:
@@ -83,11 +68,11 @@ def save(fused: FusedModel, folder: Any) -> None:
             "dtypes": [_encoded(dtype) for dtype in signature.dtypes],
             "arguments": signature.arguments,
             "positional": fused.positional,
-            "structure": pytree.treespec_dumps(signature.structure),
+            "structure": _structure(signature.structure),
             "defaults": {name: _encoded(value) for name, value in signature.defaults.items()},
             "conditions": signature.conditions,
         },
-        "output": pytree.treespec_dumps(captured.output_spec),
+        "output": _structure(captured.output_spec),
         "output_modules": sorted(_modules_of(captured.output_spec)),
     }
     text = json.dumps(described, indent=1)
@@ -118,7 +103,7 @@ def load(folder: Any, backends: tuple[str, ...] | None = None) -> FusedModel:
         )
     try:
         captured = _captured(described, tensors)
-        positional = _names(described["signature"]["positional"])
+        positional = names(described["signature"]["positional"])
         fused = assemble(captured, None, backends, None, positional)
         got = _outputs(fused)
     except Exception as error:  # what a changed file leads to is of many unrelated types
@@ -126,12 +111,14 @@ def load(folder: Any, backends: tuple[str, ...] | None = None) -> FusedModel:
             Reason.INVALID,
             f"{folder / GRAPH} and {WEIGHTS} are no graph that save wrote: {_line(error)}",
         ) from error
-    expected = [name for name in tensors if name.startswith("expected.")]
-    for i, tensor in enumerate(got):
-        want = tensors.get(f"expected.{i}")
-        if want is None or len(got) != len(expected) or not _close(tensor, want):
+    want = {name: tensor for name, tensor in tensors.items() if name.startswith("expected.")}
+    found = {f"expected.{i}": leaf for i, leaf in enumerate(got) if isinstance(leaf, Tensor)}
+    for name in sorted(want.keys() | found.keys()):
+        if name not in want or name not in found or not _close(found[name], want[name]):
+            which = name.removeprefix("expected.")
             raise FusionError(
-                Reason.INVALID, f"output {i} on this machine is not the one in {folder / WEIGHTS}"
+                Reason.INVALID,
+                f"output {which} on this machine is not the one in {folder / WEIGHTS}",
             )
     fused.report.model = described["model"]
     return fused
@@ -162,21 +149,24 @@ def _outputs(fused: FusedModel) -> list[Tensor]:
     return pytree.tree_leaves(got)
 
 
-def _names(names: Any) -> list[str]:
-    """The names, each an identifier: fx writes them into code."""
-    for name in names:
-        if not isinstance(name, str) or not name.isidentifier() or iskeyword(name):
-            raise ValueError(f"{name!r} is no name")
-    return list(names)
-
-
 def _close(got: Tensor, want: Tensor) -> bool:
     if got.shape != want.shape or got.dtype != want.dtype:
         return False
-    if not got.is_floating_point():
+    if not got.numel() or not (got.is_floating_point() or got.is_complex()):
         return torch.equal(got, want)
+    if got.is_complex():
+        got, want = torch.view_as_real(got.resolve_conj()), torch.view_as_real(want)
     limit = _TOLERANCE.get(got.dtype, 0.05) * max(float(want.abs().max()), 1e-30)
     return float((got.double() - want.double()).abs().max()) <= limit
+
+
+def _structure(spec: pytree.TreeSpec) -> str:
+    try:
+        return pytree.treespec_dumps(spec)
+    except Exception as error:  # of classes that have no name there
+        raise FusionError(
+            Reason.ARGUMENT, f"arguments or outputs are nested as cannot be stored: {_line(error)}"
+        ) from error
 
 
 def _modules_of(spec: pytree.TreeSpec) -> set[str]:
@@ -226,81 +216,13 @@ def _decoded(value: Any, nodes: dict[str, fx.Node]) -> Any:
     raise ValueError(f"{kind} is no kind of argument")
 
 
-def _target(node: fx.Node) -> str:
-    target = node.target
-    if node.op in ("placeholder", "get_attr", "output"):
-        return str(target)
-    if isinstance(target, torch._ops.OpOverload) and _is_plain(target):
-        return f"{target._schema.name}.{target._overloadname}"
-    name = getattr(target, "__name__", "")
-    if (
-        node.op == "call_function"
-        and getattr(operator, name, None) is target
-        and name in _OPERATORS
-    ):
-        return f"operator::{name}"
-    raise FusionError(Reason.ARGUMENT, f"{node.name} calls {target}, which cannot be stored")
-
-
-def _is_plain(target: torch._ops.OpOverload) -> bool:
-    """Whether the operator is aten's or ours and only makes results of its operands: it reads a
-    tensor, or is one of `_MAKERS`, writes to nothing, and draws no random numbers.
-    """
-    schema = target._schema
-    space, _, name = schema.name.partition("::")
-    if space not in _NAMESPACES or schema.is_mutable or not schema.returns:
-        return False
-    if torch.Tag.nondeterministic_seeded in target.tags and name not in _DROPOUT:
-        return False
-    if name.startswith("_") and torch.Tag.core not in target.tags and name not in _PRIVATE:
-        return False
-    if not _has_kernel(target.name()):
-        return False
-    reads = any("Tensor" in str(argument.type) for argument in schema.arguments)
-    if not all(str(result.type) in _RESULTS for result in schema.returns):
-        return False
-    return reads or name in _MAKERS
-
-
-def _drops(target: Any, args: tuple, kwargs: dict[str, Any]) -> bool:
-    """Whether the call drops values at random."""
-    if not isinstance(target, torch._ops.OpOverload):
-        return False
-    given = dict(zip((argument.name for argument in target._schema.arguments), args)) | kwargs
-    return any(given.get(name) for name in ("dropout", "dropout_p", "train"))
-
-
-def _resolved(op: str, name: str) -> Any:
-    """The function a stored name stands for: plain operators, and a few of Python's; names of
-    parameters and inputs are identifiers, since fx writes them into code.
-    """
-    if op == "get_attr":
-        if not re.fullmatch(r"\w+(\.\w+)*", name):
-            raise ValueError(f"{name!r} is no path of a parameter")
-        return name
-    if op == "placeholder":
-        return _names([name])[0]
-    if op == "output":
-        return op
-    found = re.fullmatch(r"(\w+)::(\w+)(?:\.(\w+))?", name)
-    if op != "call_function" or found is None:
-        raise ValueError(f"{op} {name} is no operator")
-    space, operator_name, overload = found.groups()
-    if space == "operator" and operator_name in _OPERATORS:
-        return getattr(operator, operator_name)
-    if space in _NAMESPACES and overload:
-        packet = getattr(getattr(torch.ops, space), operator_name, None)
-        target = getattr(packet, overload, None)
-        if isinstance(target, torch._ops.OpOverload) and _is_plain(target):
-            return target
-    raise ValueError(f"{name} is no operator that a graph may hold")
-
-
 def _node(node: fx.Node) -> dict[str, Any]:
+    if drops(node):
+        raise FusionError(Reason.ARGUMENT, f"{node.name} drops values at random: not stored")
     described = {
         "name": node.name,
         "op": node.op,
-        "target": _target(node),
+        "target": target_name(node),
         "args": _encoded(tuple(node.args)),
         "kwargs": {name: _encoded(value) for name, value in node.kwargs.items()},
     }
@@ -324,12 +246,12 @@ def _captured(described: dict[str, Any], tensors: dict[str, Tensor]) -> Capture:
     for entry in described["nodes"]:
         node = graph.create_node(
             entry["op"],
-            _resolved(entry["op"], entry["target"]),
+            resolved(entry["op"], entry["target"]),
             _decoded(entry["args"], nodes),
-            {name: _decoded(entry["kwargs"][name], nodes) for name in _names(entry["kwargs"])},
-            *_names([entry["name"]]),
+            {name: _decoded(entry["kwargs"][name], nodes) for name in names(entry["kwargs"])},
+            *names([entry["name"]]),
         )
-        if _drops(node.target, node.args, node.kwargs):
+        if drops(node):
             raise ValueError(f"{node.name} drops values at random")
         nodes[entry["name"]] = node
         if "modules" in entry:
@@ -379,18 +301,22 @@ def _captured(described: dict[str, Any], tensors: dict[str, Tensor]) -> Capture:
 
 def _propagate(module: fx.GraphModule, examples: list[Tensor]) -> None:
     """Every node's `val`: what it would give for tensors like the examples."""
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
-        fake = iter([mode.from_tensor(tensor) for tensor in examples])
+    # a ShapeEnv makes numbers that are read out of tensors unknown ones
+    fake_mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
+    with fake_mode as mode, torch.no_grad():
+        fake = iter([mode.from_tensor(tensor, static_shapes=True) for tensor in examples])
         known: dict[fx.Node, Any] = {}
         for node in module.graph.nodes:
             if node.op == "placeholder":
                 value = next(fake)
             elif node.op == "get_attr":
-                value = mode.from_tensor(attribute(module, node.target).detach())
+                tensor = attribute(module, node.target).detach()
+                value = mode.from_tensor(tensor, static_shapes=True)
             elif node.op == "output":
                 continue
             else:
                 args = fx.node.map_arg(node.args, known.__getitem__)
                 kwargs = fx.node.map_arg(node.kwargs, known.__getitem__)
+                check_numbers(node.target, args)
                 value = node.target(*args, **kwargs)
             known[node] = node.meta["val"] = value
