@@ -2,8 +2,9 @@
 
 Values are bit for bit what they were. What leaves: dropout outside training, aliases, conversions
 to the type a tensor has, whole slices, additions of 0 and products with 1 in the same type,
-assertions on types, copies for contiguity, masks that are all true. `view` becomes `reshape`,
-which does not mind strides.
+assertions on types, copies for contiguity, masks that are all true. What makes a copy stays where
+a result would be the memory of an input or a parameter without it. `view` becomes `reshape`, which
+does not mind strides.
 """
 
 from __future__ import annotations
@@ -51,7 +52,8 @@ def _neutral(value: float) -> Callable[[fx.Node], bool]:
     def matches(node: fx.Node) -> bool:
         other = node.args[1]
         number = isinstance(other, (int, float)) and not isinstance(other, bool)
-        return number and other == value and not node.kwargs and _same_tensor(node)
+        plain = number and other == value and not node.kwargs
+        return plain and _same_tensor(node) and not leaves(node)
 
     return matches
 
@@ -60,9 +62,30 @@ def _no_dropout(node: fx.Node) -> bool:
     return node.args[2] is False or node.args[1] == 0.0
 
 
+def _no_conversion(node: fx.Node) -> bool:
+    copied = node.target is aten._to_copy.default or True in node.args or node.kwargs.get("copy")
+    return _same_tensor(node) and not (copied and leaves(node))
+
+
 def _plain_contiguous(node: fx.Node) -> bool:
     """A copy for a layout that its one reader does not need; several readers may be glad of it."""
-    return len(node.users) <= 1 and not node.kwargs
+    return len(node.users) <= 1 and not node.kwargs and not leaves(node)
+
+
+def leaves(node: fx.Node, over: Callable[[fx.Node], bool] = lambda user: False) -> bool:
+    """Whether the node's memory is, or may be, a result's: it is one, or read by views of one.
+
+    over: other readers whose results are taken for views of what they read.
+    """
+    waiting, seen = [node], {node}
+    while waiting:
+        for user in waiting.pop().users:
+            if user.op == "output":
+                return True
+            if user not in seen and (is_view(user) or user.target in _MAY_SHARE or over(user)):
+                seen.add(user)
+                waiting.append(user)
+    return False
 
 
 _MAY_SHARE = {aten.dropout.default, aten.feature_dropout.default, *_CONVERSIONS, *_COPIES}
@@ -74,7 +97,7 @@ _REMOVABLE: dict[object, Callable[[fx.Node], bool]] = {
     aten.mul.Tensor: _neutral(1),
     aten.contiguous.default: _plain_contiguous,
     aten.clone.default: _plain_contiguous,
-    **dict.fromkeys(_CONVERSIONS, _same_tensor),
+    **dict.fromkeys(_CONVERSIONS, _no_conversion),
     **dict.fromkeys(_COPIES, lambda node: True),
 }
 

@@ -137,12 +137,15 @@ def capture(
         if not writes_are_plain(program.graph):
             # writes through views become results; nothing is taken apart, but spelled differently
             program = program.run_decompositions({})
+            _check_state(model, program.graph_signature)
         module = program.module(check_guards=False)
         info = module.graph._codegen.pytree_info
         signature, examples = _flatten(module, named, defaults)
         # a plain GraphModule: the exported one checks its calls against a structure that is gone
         module = fx.GraphModule(module, module.graph, type(model).__name__)
         canonicalise(module)
+    except FusionError:
+        raise
     except Exception as error:  # as above, of many unrelated types
         raise FusionError(Reason.TRACING, _said(model, error)) from error
     expected = {name: type(m).__name__ for name, m in attention_layers(model).items()}
@@ -177,6 +180,16 @@ def _export(model: nn.Module, named: dict[str, Any], dynamic: bool):
             if not semantic:
                 break
     raise FusionError(Reason.TRACING, _said(model, failure)) from failure
+
+
+def _check_state(model: nn.Module, signature: Any) -> None:
+    """FusionError where a call writes to parameters or buffers: the next finds another model."""
+    of_parameters = getattr(signature, "parameters_to_mutate", {})
+    written = sorted({*signature.buffers_to_mutate.values(), *of_parameters.values()})
+    if written:
+        raise FusionError(
+            Reason.CHANGED, f"{type(model).__name__} writes to its {', '.join(written)} in a call"
+        )
 
 
 def _first_line(error: Exception) -> str:

@@ -7,7 +7,7 @@ from torch import Tensor, fx, nn
 from torch.nn.functional import linear
 
 from .attention import projection_input
-from .nodes import is_kernel, name_of
+from .nodes import VIEW, class_of, is_kernel, name_of
 from .site import Site
 
 
@@ -109,6 +109,8 @@ def not_activated_linear(site: Site) -> str | None:
     node, activation = activated(site)
     if not activation:
         return "it ends in no activation that the kernel has"
+    if any(class_of(inner) == VIEW for inner in site.inner.graph.nodes):
+        return "something else than the projection's result is activated"
     if name_of(node) != "linear" or any(site.parameter(a) is None for a in node.args[1:] if a):
         return f"{name_of(node)} keeps its weight by columns, or computes it"
     return None

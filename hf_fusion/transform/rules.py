@@ -20,6 +20,7 @@ from .attention import (
     projection_width,
     projections_behind,
 )
+from .canonical import leaves
 from .groups import (
     CORE,
     ELEMENTWISE,
@@ -48,10 +49,14 @@ Rule = Callable[[fx.Graph, Claims], Iterator[FusionGroup]]
 
 
 def parallel(graph: fx.Graph, claims: Claims, across_owners: bool = False) -> Iterator[FusionGroup]:
-    """Projections with one input and one owner; with `across_owners` those of several owners."""
+    """Projections with one input and one owner; with `across_owners` those of several owners.
+
+    Not those whose own memory, or what elementwise work makes of it in place, is a result of the
+    graph: columns of a wider product are neither contiguous nor alone in memory.
+    """
     siblings: dict[tuple, list[fx.Node]] = {}
     for node in graph.nodes:
-        if is_projection(node) and claims.free([node]):
+        if is_projection(node) and claims.free([node]) and not leaves(node, _is_pointwise):
             owner = "" if across_owners else owner_of(node)
             key = (projection_input(node), name_of(node), node.op, owner, _dtype(node))
             siblings.setdefault(key, []).append(node)
@@ -66,6 +71,10 @@ def parallel(graph: fx.Graph, claims: Claims, across_owners: bool = False) -> It
         widths = tuple(map(projection_width, nodes))
         purpose = f"_{letters}" if letters else ""
         yield ParallelFusionGroup(nodes, True, source, widths, owner, purpose)
+
+
+def _is_pointwise(node: fx.Node) -> bool:
+    return class_of(node) == POINTWISE
 
 
 def _dtype(node: fx.Node) -> torch.dtype | None:

@@ -24,6 +24,8 @@ _PLAIN_VIEWS = {
     "narrow", "movedim", "alias", "detach", "to",
 }  # fmt: skip
 
+_PARTS = {"slice", "select", "narrow"}  # what is left of their memory would live as long
+
 
 @dataclass(eq=False)
 class Site:
@@ -168,7 +170,7 @@ def _reusable(site: Site, operand: object, node: fx.Node) -> bool:
         return False
     reader = node
     while _is_plain_view(operand):
-        if set(operand.users) != {reader}:
+        if set(operand.users) != {reader} or name_of(operand) in _PARTS:
             return False
         reader, operand = operand, operand.args[0]
     if set(operand.users) != {reader}:
