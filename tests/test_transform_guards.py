@@ -126,7 +126,7 @@ def test_one_tensor_for_several_arguments_is_one_in_every_call(tmp_path):
     loaded(**arguments_of(loaded))
 
 
-@pytest.mark.parametrize("count", [0, -1])
+@pytest.mark.parametrize("count", [0, -1, "3", 1.5, None])
 def test_a_graph_is_verified_at_one_shape_or_more(count):
     with pytest.raises(FusionError, match="expected 1 or more"):
         fuse(graphs.model("bert"), shapes=count)

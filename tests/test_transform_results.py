@@ -137,3 +137,9 @@ def test_a_difference_that_nothing_can_judge_says_so():
 
     with pytest.raises(FusionError, match="1.00e\\+00 from the model's.*one of a kind"):
         fuse(Alone(8, 8).eval(), torch.randn(2, 13, 8))
+
+
+def test_a_model_without_values_is_refused():
+    with pytest.raises(FusionError, match="no values to compare") as caught:
+        fuse(nn.Linear(8, 8, device="meta").eval(), torch.empty(2, 13, 8, device="meta"))
+    assert caught.value.reason is Reason.META

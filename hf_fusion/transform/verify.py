@@ -135,8 +135,10 @@ def verify(
     Also refused: fewer than one shape (ARGUMENT), and outputs that are constant or not finite, for
     which any graph would pass.
     """
-    if count < 1:
-        raise FusionError(Reason.ARGUMENT, f"verified at {count} shapes, expected 1 or more")
+    if type(count) is not int or count < 1:
+        raise FusionError(Reason.ARGUMENT, f"verified at {count!r} shapes, expected 1 or more")
+    if any(tensor.is_meta for tensor in (*captured.examples, *model.parameters())):
+        raise FusionError(Reason.META, "tensors on the meta device have no values to compare")
     named, errors = [], []
     compared = _Compared(model, captured, run)
     for step, sizes in enumerate(shapes(captured, count)):
