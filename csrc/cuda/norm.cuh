@@ -4,10 +4,10 @@
 //   RMS: mean = 0
 //
 // x: (batch, hidden) fp32 in shared memory. Every CTA computes all statistics by itself: hidden
-// additions are cheaper than a wait between CTAs. Two passes, fp32; sums in a fixed order: a
-// thread's elements, the lanes of a warp by xor, the warps in order. Both norms of a parallel layer
-// share the statistics. A thread asks for kLoads elements before it uses the first: a loop of one load
-// at a time waits for L2 at each.
+// additions are cheaper than a wait between CTAs. Two passes, fp32, of which the second corrects the
+// mean of the first; sums in a fixed order: a thread's elements, the lanes of a warp by xor, the
+// warps in order. Both norms of a parallel layer share the statistics. A thread asks for kLoads
+// elements before it uses the first: a loop of one load at a time waits for L2 at each.
 #pragma once
 
 #include "cuda/program.h"
@@ -81,29 +81,42 @@ HFF_DEVICE void load_input(const Group& group, const Source& source, const float
   group.sync();
 }
 
-// sums[b] over the group of the squares of x[b][i] - mean[b], or of x[b][i] itself. reduce: (warps,
-// kMaxBatch). Ends with a barrier.
+// Sums over a row of d = x - mean and of its squares.
+struct Moments {
+  float sum[kMaxBatch], squares[kMaxBatch];
+};
+
+// The moments of x[b] about mean[b] over the group, of which the first pass needs the sums alone.
+// reduce: (2, warps, kMaxBatch). Ends with a barrier.
 template <bool kSquares>
 HFF_DEVICE void reduce_rows(const Group& group, const float* x, int batch, int hidden,
-                            const float (&mean)[kMaxBatch], float* reduce,
-                            float (&sums)[kMaxBatch]) {
+                            const float (&mean)[kMaxBatch], float* reduce, Moments* moments) {
+  float* squares_of = reduce + group.warps() * kMaxBatch;
 #pragma unroll
   for (int b = 0; b < kMaxBatch; ++b) {
     if (b >= batch) break;
-    float sum = 0.0f;
+    float sum = 0.0f, squares = 0.0f;
     for (int i = group.rank(); i < hidden; i += group.count) {
-      const float v = x[b * hidden + i] - mean[b];
-      sum = kSquares ? fmaf(v, v, sum) : sum + v;
+      const float d = x[b * hidden + i] - mean[b];
+      sum += d;
+      if (kSquares) squares = fmaf(d, d, squares);
     }
     sum = warp_sum(sum);
-    if (port::lane() == 0) reduce[group.warp() * kMaxBatch + b] = sum;
+    if (kSquares) squares = warp_sum(squares);
+    if (port::lane() == 0) {
+      reduce[group.warp() * kMaxBatch + b] = sum;
+      if (kSquares) squares_of[group.warp() * kMaxBatch + b] = squares;
+    }
   }
   group.sync();
 #pragma unroll
   for (int b = 0; b < kMaxBatch; ++b) {
-    sums[b] = 0.0f;
+    moments->sum[b] = moments->squares[b] = 0.0f;
     if (b >= batch) continue;
-    for (int w = 0; w < group.warps(); ++w) sums[b] += reduce[w * kMaxBatch + b];
+    for (int w = 0; w < group.warps(); ++w) {
+      moments->sum[b] += reduce[w * kMaxBatch + b];
+      if (kSquares) moments->squares[b] += squares_of[w * kMaxBatch + b];
+    }
   }
   group.sync();
 }
@@ -112,21 +125,26 @@ struct Statistics {
   float mean[kMaxBatch], variance[kMaxBatch];
 };
 
+// The second pass also has the sum of distances from the mean as the first has rounded it, which
+// moves the mean to where equal x have no variance.
 HFF_DEVICE void statistics(const Group& group, const float* x, int batch, int hidden, bool rms,
                            float* reduce, Statistics* s) {
-  float mean[kMaxBatch] = {0.0f, 0.0f, 0.0f, 0.0f};
-  if (!rms) {
-    float sums[kMaxBatch];
-    reduce_rows<false>(group, x, batch, hidden, mean, reduce, sums);
+  const float n = static_cast<float>(hidden);
+  Moments moments;
 #pragma unroll
-    for (int b = 0; b < kMaxBatch; ++b) mean[b] = sums[b] / static_cast<float>(hidden);
+  for (int b = 0; b < kMaxBatch; ++b) s->mean[b] = 0.0f;
+  if (!rms) {
+    reduce_rows<false>(group, x, batch, hidden, s->mean, reduce, &moments);
+#pragma unroll
+    for (int b = 0; b < kMaxBatch; ++b) s->mean[b] = moments.sum[b] / n;
   }
-  float squares[kMaxBatch];
-  reduce_rows<true>(group, x, batch, hidden, mean, reduce, squares);
+  reduce_rows<true>(group, x, batch, hidden, s->mean, reduce, &moments);
 #pragma unroll
   for (int b = 0; b < kMaxBatch; ++b) {
-    s->mean[b] = mean[b];
-    s->variance[b] = squares[b] / static_cast<float>(hidden);
+    const float off = rms ? 0.0f : moments.sum[b] / n;
+    s->mean[b] += off;
+    s->variance[b] = moments.squares[b] / n;
+    if (off * off < s->variance[b]) s->variance[b] -= off * off;  // both may be infinite
   }
 }
 

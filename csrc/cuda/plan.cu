@@ -140,7 +140,7 @@ bool layout_with(const Shape& shape, const Room& room, int batch, Use use, int e
   *layout = {};
   layout->slot_bytes = slot_bytes;
   layout->barriers = take(int64_t{8} * warps * kMostSlots);
-  layout->reduce = take(int64_t{4} * (warps * kMaxBatch + 4));
+  layout->reduce = take(int64_t{8} * warps * kMaxBatch);
   layout->input_stride = width_of(shape, use);
   layout->inputs = take(int64_t{kElement} * lanes * layout->input_stride);
   // x is read before the first sum is written

@@ -108,7 +108,7 @@ struct Layout {
   int32_t input_stride;
   int32_t x;                // (batch, hidden) float, until the norms are taken; then
   int32_t sums, sum_count;  // float: dots of pieces
-  int32_t reduce;           // float (warps, batch) of statistics
+  int32_t reduce;           // float (2, warps, batch) of statistics
   int32_t attend;           // float: Attend's scratch
   int32_t total;
 };

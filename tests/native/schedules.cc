@@ -291,7 +291,7 @@ std::string check_layout(const Layer& layer, const Rows& head, const Shape& s, c
       {"ring", l.ring, int64_t{warps} * l.slots * l.slot_bytes},
       {"inputs", l.inputs, int64_t{kSize} * lanes * l.input_stride},
       {"x or sums", l.sums, int64_t{4} * l.sum_count},
-      {"reduce", l.reduce, int64_t{4} * (warps * kMaxBatch + 1)},
+      {"reduce", l.reduce, int64_t{8} * warps * kMaxBatch},
       {"attend", l.attend, int64_t{4} * (attend + extra_floats)}};
   const std::string failure = check_apart(regions, l.total);
   if (!failure.empty()) return failure;
