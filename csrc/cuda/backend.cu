@@ -113,7 +113,8 @@ struct Chain {
     return port::launch(launch, phase_kernel(c.call.dtype, p.batch, c.bulk()), p);
   }
 
-  hff_status enter(const Operands& of, const Half& half, const Source& source, void* up) {
+  hff_status enter(const Operands& of, const Half& half, const Source& source, void* up,
+                   bool counts) {
     PhaseParams p = {};
     HFF_TRY(layer_of(c.call, *of.block, *of.cache, c.shape, enter_layout.slot_bytes, &p.layer));
     p.kind = kPhaseIn;
@@ -123,6 +124,7 @@ struct Chain {
     if (!half.attention) p.layer.qkv = p.layer.k = p.layer.v = {};
     if (!half.mlp) p.layer.up = {};
     p.up = up;
+    p.counts = counts;
     return run(p, enter_layout);
   }
 
@@ -168,7 +170,7 @@ struct Chain {
     for (int i = 0; i < count; ++i) {
       const Half half = half_of(c.shape, i);
       const bool last = i + 1 == count;
-      HFF_TRY(enter(of, half, source, c.scratch.up));
+      HFF_TRY(enter(of, half, source, c.scratch.up, false));
       if (half.attention) HFF_TRY(attend(of));
       HFF_TRY(leave(of, half, source, last ? out : nullptr, last));
       source = {};
@@ -272,6 +274,7 @@ hff_status run_cluster(const Call& c, const Operands& of, const hff_block_io& io
   p.up_out = io.up_out.data;
   p.batch = c.batch();
   p.adds_x = with_up && c.shape.sequential;
+  p.counts = !p.adds_x;  // else up counts, whose launch is the last
   port::Launch launch;
   launch.threads = 32 * team_of(c.device).stream_warps;
   launch.shared_bytes = p.layout.total;
@@ -304,7 +307,7 @@ hff_status block_forward(const hff_call& call, const hff_block& block, const hff
   HFF_TRY(run_cluster(c, of, io, io.stage == HFF_STAGE_ATTENTION_UP));
   if (!up_apart) return HFF_OK;
   source.x = io.attention_out.data;
-  return chain.enter(of, Half{false, true}, source, io.up_out.data);
+  return chain.enter(of, Half{false, true}, source, io.up_out.data, true);
 }
 
 int64_t workspace_bytes(const hff_call& call, const hff_model& model) {

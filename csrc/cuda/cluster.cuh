@@ -31,6 +31,7 @@ struct ClusterParams {
   void *attention_out, *up_out;  // T
   int32_t batch;
   int32_t adds_x;  // attention_out is attention + x
+  int32_t counts;  // 1: the cache has one token more after this
 };
 
 // The sections q, k, v of one key head: rows in the projection and columns in shared memory.
@@ -291,7 +292,7 @@ void attention_up(HFF_PARAM(ClusterParams) p) {
     }
     port::cluster_wait();
     const auto cache = [&p](int) -> const Cache& { return p.layer.cache; };
-    finish(p.scratch.counters, p.layout, cache, 1);
+    finish(p.scratch.counters, p.layout, cache, p.counts);
   }
 }
 

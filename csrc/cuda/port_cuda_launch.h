@@ -7,8 +7,10 @@ inline namespace on_cuda {
 
 inline hff_status cuda_failed(const Launch& launch, const char* what, cudaError_t error) {
   cudaGetLastError();  // so that a later caller does not find this error and take it for its own
-  return fail(HFF_INTERNAL, "%s (%d blocks of %d threads, clusters of %d, %d bytes shared): %s: %s",
-              launch.name, launch.grid, launch.threads, launch.cluster, launch.shared_bytes, what,
+  const bool absent = error == cudaErrorNoKernelImageForDevice;
+  return fail(absent ? HFF_UNSUPPORTED : HFF_INTERNAL,
+              "%s (%d blocks of %d threads, clusters of %d, %d bytes shared): %s: %s", launch.name,
+              launch.grid, launch.threads, launch.cluster, launch.shared_bytes, what,
               cudaGetErrorString(error));
 }
 
@@ -93,6 +95,26 @@ int max_active_clusters(Kernel<P> kernel, const Launch& launch) {
   return 0;
 }
 
+// The architectures that CMake had kernels compiled for, with a slash between.
+#if !defined(HFF_CUDA_IMAGES)
+#define HFF_CUDA_IMAGES "native"
+#endif
+
+// Whether one of them runs on sm_`arch`: code on its major version from its minor one on, PTX on all
+// that follow, but neither elsewhere with an `a`. Of a name the launches will tell.
+inline bool runs_on(int arch) {
+  for (const char* at = HFF_CUDA_IMAGES; *at != '\0'; at += std::strcspn(at, "0123456789")) {
+    char* kind = nullptr;
+    const int own = int(std::strtol(at, &kind, 10));
+    if (kind == at) return true;
+    const bool same = own / 10 == arch / 10 && own <= arch;
+    const bool code = *kind == 'f' || std::strncmp(kind, "-real", 5) == 0;
+    if (*kind == 'a' ? own == arch : code ? same : own <= arch) return true;
+    at = kind;
+  }
+  return false;
+}
+
 inline hff_status describe(int ordinal, Device* device) {
   int count = 0;
   cudaError_t error = cudaGetDeviceCount(&count);
@@ -110,6 +132,10 @@ inline hff_status describe(int ordinal, Device* device) {
   if (properties.major < 8) {
     return fail(HFF_UNSUPPORTED, "CUDA device %d, %s, is sm_%d%d: sm_80 is the least", ordinal,
                 properties.name, properties.major, properties.minor);
+  }
+  if (!runs_on(properties.major * 10 + properties.minor)) {
+    return fail(HFF_UNSUPPORTED, "CUDA device %d, %s, is sm_%d%d: this build has kernels for %s",
+                ordinal, properties.name, properties.major, properties.minor, HFF_CUDA_IMAGES);
   }
   device->arch = properties.major * 100 + properties.minor * 10;
   device->sms = properties.multiProcessorCount;

@@ -52,6 +52,7 @@ namespace hff_test {
 namespace {
 
 using namespace hff;
+using cuda::ClusterParams, cuda::PhaseParams;
 
 constexpr int64_t kHidden = 2560, kHeads = 32, kHeadDim = 80, kVocab = 50304, kCapacity = 64;
 constexpr int64_t kLayers = 2;
@@ -91,11 +92,24 @@ void show(const char* what, hff_status status) {
               runtime().error);
 }
 
+// Whether a launch moves the length of a cache.
+bool counts(int kernel, const void* params) {
+  if (kernel == kAttentionUp) return static_cast<const ClusterParams*>(params)->counts != 0;
+  return kernel == kPhase && static_cast<const PhaseParams*>(params)->counts != 0;
+}
+
 int run() {
   hff_device described = {};
   runtime().driver = false;
   show("old driver", describe_cuda(1, &described));
   runtime().driver = true;
+  for (const int arch : {75, 86, 90, 91, 100, 110, 120, 130}) {
+    port::Device device;
+    runtime().arch = arch;
+    show("device", port::describe(1, &device));
+  }
+  runtime().arch = 90;
+  runtime().counts = counts;
   const Backend* backend = cuda_backend(1);
   const std::vector<hff_block> blocks = {block(), block()};
   const std::vector<hff_cache> caches = {cache(), cache()};
@@ -120,6 +134,8 @@ int run() {
   show("chain", forward(HFF_PLAN_CHAIN));
   runtime().launches = 1;
   show("chain cut off", forward(HFF_PLAN_CHAIN));
+  runtime().launches = 0, runtime().refusal = cudaErrorNoKernelImageForDevice;
+  show("no image", forward(HFF_PLAN_TOKEN));
   runtime().launches = -1;
   hff_block_io layer = {};
   layer.x = in(kHidden), layer.attention_out = out(kHidden), layer.out = out(kHidden);
@@ -128,6 +144,11 @@ int run() {
     runtime().resident = resident;
     show("attention", backend->block(call, blocks[0], &caches[0], layer));
   }
+  runtime().resident = 8;
+  hff_block sequential = blocks[0];
+  sequential.residual = HFF_RESIDUAL_SEQUENTIAL;
+  layer.stage = HFF_STAGE_ATTENTION_UP, layer.up_out = out(4 * kHidden);
+  show("attention and up apart", backend->block(call, sequential, &caches[0], layer));
   layer.stage = HFF_STAGE_FULL;
   show("layer", backend->block(call, blocks[0], &caches[0], layer));
   hff_attend_io attend = {};

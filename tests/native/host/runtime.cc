@@ -66,7 +66,7 @@ cudaError_t cudaGetDeviceCount(int* count) {
 cudaError_t cudaGetDeviceProperties(cudaDeviceProp* p, int) {
   std::memset(p, 0, sizeof *p);
   std::strcpy(p->name, "recorder");
-  p->major = 9, p->multiProcessorCount = 132;
+  p->major = runtime().arch / 10, p->minor = runtime().arch % 10, p->multiProcessorCount = 132;
   p->sharedMemPerBlockOptin = 232448, p->sharedMemPerMultiprocessor = 233472;
   return cudaSuccess;
 }
@@ -89,9 +89,9 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* count, const void
 }
 
 // Prints: kernel, device, stream, CTAs, and what is out of the ordinary.
-cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* c, const void* kernel, void**) {
+cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* c, const void* kernel, void** params) {
   constexpr const char* kNames[kKernels] = {"token", "phase", "attend_heads", "attention_up"};
-  if (runtime().launches == 0) return answer(cudaErrorLaunchOutOfResources);
+  if (runtime().launches == 0) return answer(static_cast<cudaError_t>(runtime().refusal));
   --runtime().launches;
   const int index = index_of(kernel), room = runtime().room[index];
   std::printf("%s %d %p %u", kNames[index], runtime().current, static_cast<void*>(c->stream),
@@ -103,6 +103,7 @@ cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* c, const void* kernel,
   if (cooperative != nullptr && cooperative->cooperative != 0) std::printf(" cooperative");
   if (dependent != nullptr && dependent->programmaticStreamSerializationAllowed != 0)
     std::printf(" dependent");
+  if (runtime().counts != nullptr && runtime().counts(index, params[0])) std::printf(" counts");
   if (c->dynamicSmemBytes > static_cast<size_t>(room > 49152 ? room : 49152))
     std::printf(" without its shared memory");
   std::printf("\n");
