@@ -7,7 +7,8 @@ inline namespace on_cuda {
 
 inline hff_status cuda_failed(const Launch& launch, const char* what, cudaError_t error) {
   cudaGetLastError();  // so that a later caller does not find this error and take it for its own
-  const bool absent = error == cudaErrorNoKernelImageForDevice;
+  const bool absent =
+      error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction;
   return fail(absent ? HFF_UNSUPPORTED : HFF_INTERNAL,
               "%s (%d blocks of %d threads, clusters of %d, %d bytes shared): %s: %s", launch.name,
               launch.grid, launch.threads, launch.cluster, launch.shared_bytes, what,
