@@ -76,7 +76,7 @@ hff_status hff_model_forward(const hff_call* call, const hff_model* model, const
   HFF_REQUIRE(call != nullptr && model != nullptr && io != nullptr,
               "a struct of hff_model_forward is null");
   HFF_TRY(check_call(*call));
-  HFF_TRY(check_steps(*io, *call, *model, caches));
+  HFF_TRY(check_steps(*io, *call, caches));
   const int64_t further = steps_of(*io) - 1;  // tokens, of calls of one query
   HFF_TRY(check_model(*model, *call, caches, call->queries + further));
   HFF_TRY(check_model_io(*io, *call, *model));

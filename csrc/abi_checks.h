@@ -211,7 +211,7 @@ inline hff_status check_ids(const hff_model_io& io, const hff_call& call, const 
 inline int64_t steps_of(const hff_model_io& io) { return io.steps > 1 ? io.steps : 1; }
 
 // Several steps: what each of them needs of the call, but room.
-inline hff_status check_steps(const hff_model_io& io, const hff_call& call, const hff_model& m,
+inline hff_status check_steps(const hff_model_io& io, const hff_call& call,
                               const hff_cache* caches) {
   HFF_REQUIRE(io.struct_size == sizeof(hff_model_io),
               "hff_model_io has another size for the caller");
@@ -221,10 +221,8 @@ inline hff_status check_steps(const hff_model_io& io, const hff_call& call, cons
     return fail(HFF_UNSUPPORTED, "%lld steps are asked for on a device", shown(io.steps));
   HFF_REQUIRE(io.next.data != nullptr && io.ids.data != nullptr && caches != nullptr,
               "%lld steps are asked for without next, ids or caches", shown(io.steps));
-  HFF_REQUIRE(call.queries == 1 && m.head.rows <= m.vocab,
-              "%lld steps of %lld queries are asked for, expected 1, and a head of %lld rows for a "
-              "vocabulary of %lld",
-              shown(io.steps), shown(call.queries), shown(m.head.rows), shown(m.vocab));
+  HFF_REQUIRE(call.queries == 1, "%lld steps of %lld queries are asked for, expected 1",
+              shown(io.steps), shown(call.queries));
   return HFF_OK;
 }
 
@@ -248,6 +246,9 @@ inline hff_status check_next(const hff_model_io& io, const hff_call& call, const
   if (io.next.data == nullptr) return HFF_OK;
   HFF_REQUIRE(m.head.weight.data != nullptr, "next is asked for, but the model has no head");
   HFF_REQUIRE(!on_host(call) || io.logits.data != nullptr, "next is asked for without logits");
+  HFF_REQUIRE(io.steps <= 1 || m.head.rows <= m.vocab,
+              "%lld steps are asked for of a head of %lld rows and a vocabulary of %lld",
+              shown(io.steps), shown(m.head.rows), shown(m.vocab));
   const Size tokens = Size(call.batch) * Size(steps_of(io));
   HFF_TRY(check_buffer(io.next, tokens, 8, "next"));
   if (io.sampling == nullptr) return HFF_OK;

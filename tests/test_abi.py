@@ -248,6 +248,19 @@ def test_calls_on_a_device_are_checked_without_reading_it():
     assert on_device(call, model, buffer, far) == native.INVALID
 
 
+def test_a_struct_of_another_size_is_not_read_further():
+    """A call of steps looks at the head of its model, which a shorter struct may not have."""
+    call, model, (_, _, buffer) = device_call(device=native.DEVICES["cpu"])
+    io, cache = native.sized(native.ModelIo), native.Cache()
+    io.steps, io.ids, io.next = 2, buffer, buffer
+    model.vocab, model.head.rows = 8, 9
+    for size in (ctypes.sizeof(model), 8):
+        model.struct_size = size
+        references = map(ctypes.byref, (call, model, cache, io))
+        assert native.load().hff_model_forward(*references) == native.INVALID
+    assert native.load().hff_last_error() == b"hff_model has another size for the caller"
+
+
 def test_workspace_is_asked_for_on_devices_only():
     library = native.load()
     call, model, _ = device_call(device=native.DEVICES["cpu"])

@@ -234,6 +234,20 @@ def test_a_norm_errs_at_most_twice_as_much_as_torch(rows, force_isa):
             assert error <= allowed, f"{name}, hidden {hidden}: {error:.3g} exceeds {allowed:.3g}"
 
 
+def test_fp16_denormals_are_numbers_where_the_caller_flushes_denormals(force_isa):
+    """They are normal numbers in fp32."""
+    v = (torch.arange(1024) * 2.0**-24).half().view(1, 16, 1, 64)
+    usable = [name for name, missing in native.isas() if missing is None]
+    for name in usable:
+        force_isa(name)
+        torch.set_flush_denormal(True)
+        try:
+            out = attend(torch.zeros_like(v), torch.zeros_like(v), v)
+        finally:
+            torch.set_flush_denormal(False)
+        assert torch.equal(out.transpose(1, 2), v), name
+
+
 def test_scores_too_large_to_be_exact_keep_the_parity_rule(force_isa):
     """One key has all the weight, and neither rounding nor rescaling takes it away."""
     usable = [name for name, missing in native.isas() if missing is None]

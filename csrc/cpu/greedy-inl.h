@@ -13,8 +13,7 @@ HFF_INLINE F load_tail(const T* x, int64_t n) {
 }
 
 // Index of the largest of n >= 1 elements. Blocks are compared by vectors and the winning one is
-// searched. As a whole is a row that holds NaN or +Inf, or whose largest is not found: in a mode
-// that flushes denormals, the portable load takes those of f16 as zero.
+// searched; a row that holds NaN or +Inf is searched as a whole.
 template <class T>
 static int64_t largest_index(const T* x, int64_t n) {
   constexpr int64_t kBlock = 64 * kLanes;
