@@ -19,7 +19,7 @@ export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 PATH=$PATH:/usr/local/cuda/bin
 command -v make >/dev/null || export CMAKE_GENERATOR=Ninja
 ends=500 # seconds after the start by which the parts are over
 
-if ! command -v nvidia-smi >/dev/null || ! nvidia-smi -L 2>/dev/null | grep -q GPU; then
+if ! command -v nvidia-smi >/dev/null || [[ $(nvidia-smi -L 2>/dev/null) != *GPU* ]]; then
   echo 'no GPU: nvidia-smi finds none' >&2
   exit 2
 fi
@@ -56,10 +56,13 @@ build_both() {
 }
 export -f build_package build_both
 export root python build
-if ! timeout 150 bash -c build_both >"$build/log" 2>&1; then
+rm -rf "$build/site" "$build/watchdog/site"
+watched=$build/watchdog
+if ! timeout 270 bash -c build_both >"$build/log" 2>&1; then
   tail -n 30 "$build/log" >&2
-  echo 'the build failed, or took more than 150 s' >&2
-  exit 1
+  echo 'the build failed, or took more than 270 s' >&2
+  [[ -e $build/site/hf_fusion/libhf_fusion.so ]] || exit 1
+  watched=$build # late or broken is only what finds deadlocks
 fi
 
 # In the folder of a package, which `python -m` looks into first: folder, command.
@@ -71,7 +74,8 @@ within() {
 part() { # folder, name, seconds, name of its JSON, options
   local folder=$1 name=$2 limit=$3 out=$4 left=$((ends - SECONDS)) status
   shift 4
-  ((limit < left)) || limit=$((left > 5 ? left : 5))
+  ((left > 5)) || return 124
+  ((limit < left)) || limit=$left
   echo "== $out, at most $limit s"
   within "$folder" timeout --signal=INT --kill-after=5 "$limit" "$python" \
     -m hf_fusion.harness.gpu "$name" --out "$parts/$out.json" "$@"
@@ -106,22 +110,27 @@ sanitize() {
   echo "{\"part\": \"sanitizer\", \"complete\": true, \"rows\": [${rows[*]}]}" >"$parts/sanitizer.json"
 }
 
-part "$build" stream 40 stream
-# A kernel that traps takes its process along: where one does, each rung has a process of its own,
-# and what is sound is measured.
+# A kernel that traps, or never ends, takes its process along: where one does, each rung has a process
+# of its own, and what is sound goes on to the next part.
 sound=(attention attention+up 'full, chain' 'full, token')
-if ! part "$build/watchdog" small 40 small; then
-  rungs=("${sound[@]}") sound=()
+ended() { # name of a JSON, status: all was done, or time was up
+  (($2 == 124)) || grep -q '"complete": true' "$parts/$1.json" 2>/dev/null
+}
+over_rungs() { # folder, name, seconds, seconds of a rung by itself
+  local rungs=("${sound[@]}") n
+  part "$1" "$2" "$3" "$2" --rungs "${rungs[@]}"
+  ended "$2" $? && return
+  sound=()
   for n in "${!rungs[@]}"; do
-    part "$build/watchdog" small 25 "small_$n" --rungs "${rungs[n]}" && sound+=("${rungs[n]}")
+    part "$1" "$2" "$4" "${2}_$n" --rungs "${rungs[n]}"
+    ended "${2}_$n" $? && sound+=("${rungs[n]}")
   done
-fi
-if ((${#sound[@]})); then
-  part "$build" parity 110 parity --rungs "${sound[@]}"
-  part "$build" speed 150 speed --rungs "${sound[@]}"
-else
-  echo 'small steps failed on every rung: no larger ones are run'
-fi
+}
+part "$build" stream 40 stream
+over_rungs "$watched" small 40 25
+((${#sound[@]})) && over_rungs "$build" parity 110 30
+((${#sound[@]})) && over_rungs "$build" speed 150 50
+((${#sound[@]})) || echo 'every rung has failed: no larger steps are run'
 sanitize
 
 within "$build" "$python" -m hf_fusion.harness.gpu_report "$parts" --out "$root/benchmarks" \

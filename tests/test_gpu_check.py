@@ -99,8 +99,7 @@ STUBS = {
         [[ $1 == -c ]] && { [[ $2 == *capability* ]] && echo 90; exit 0; }
         "$REAL" -c 'import importlib.util as u; print(u.find_spec("hf_fusion").origin)' >>"$LOG"
         echo "$@" >>"$LOG"
-        [[ $3 != small || -z $FAILS ]] || [[ $FAILS != every && $* == *--rungs* &&
-            $* != *"--rungs $FAILS" ]] || exit 1
+        [[ $3 == "$IN" && ($* != *--rungs* || $FAILS == every || $* == *"$FAILS"*) ]] && exit 1
         [[ $2 == *.gpu_report ]] || cp "$FOUND/$3.json" "$5" """,
     "compute-sanitizer": """
         echo "$@" >>"$LOG"
@@ -114,16 +113,19 @@ TOOLS = (
     "bash", "cat", "cp", "dirname", "env", "git", "grep", "mkdir", "nproc", "rm", "tail", "timeout",
     "touch",
 )  # fmt: skip
-# a rung that fails, and on which the larger parts then run
-LEFT = {
-    "": ["attention", "attention+up", "full, chain", "full, token"],
-    "attention+up": ["attention", "full, chain", "full, token"],
-    "every": [],
-}
+RUNGS = ["attention", "attention+up", "full, chain", "full, token"]
+# a part, a rung that fails there, and on which the larger parts then run
+FAILS = [
+    ("", "", RUNGS),
+    ("small", "attention+up", [RUNGS[0], *RUNGS[2:]]),
+    ("small", "every", []),
+    ("parity", "full, token", RUNGS[:3]),
+    ("speed", "every", RUNGS),
+]
 
 
-@pytest.mark.parametrize("fails", LEFT)
-def test_every_part_runs_from_the_package_that_was_built(script, tmp_path, fails):
+@pytest.mark.parametrize("within, fails, left", FAILS)
+def test_every_part_runs_from_the_package_that_was_built(script, tmp_path, within, fails, left):
     """The script from end to end, every program that it calls a stub. A rung that fails by itself
     does not keep the others from being measured.
     """
@@ -136,8 +138,9 @@ def test_every_part_runs_from_the_package_that_was_built(script, tmp_path, fails
         (programs / name).write_text("#!/usr/bin/env bash\n" + lines)
         (programs / name).chmod(0o755)
     for part in FOUND:
-        (found / f"{part}.json").write_text("{}")
-    given = {"LOG": log, "FOUND": found, "FAILS": fails, "REAL": sys.executable, "BUILD": build}
+        (found / f"{part}.json").write_text('"complete": true')
+    given = {"LOG": log, "FOUND": found, "REAL": sys.executable, "BUILD": build}
+    given |= {"IN": within, "FAILS": fails}
     environment = os.environ | {name: str(value) for name, value in given.items()}
     environment |= {"PATH": str(programs), "PYTHON": str(programs / "python"), "PYTHONPATH": ""}
     done = subprocess.run(
@@ -150,12 +153,15 @@ def test_every_part_runs_from_the_package_that_was_built(script, tmp_path, fails
     lines = log.read_text().splitlines()
     origins = [line for line in lines if line.endswith("hf_fusion/__init__.py")]
     ran = [line.split()[2] for line in lines if line.startswith("-m hf_fusion.harness.gpu ")]
-    alone = len(LEFT[""]) if fails else 0
-    larger = ["parity", "speed"] if LEFT[fails] else []
-    assert ran == ["stream", "small", *["small"] * alone, *larger, *["small"] * 3]
-    for part in larger:
+    parts = ["small", "parity", "speed"] if left else ["small"]
+    times = [part for part in parts for _ in range(1 + len(RUNGS) * (part == within))]
+    assert ran == ["stream", *times, *["small"] * 3]
+    after = False
+    for part in parts:
         run = next(line for line in lines if line.startswith(f"-m hf_fusion.harness.gpu {part} "))
-        assert run.endswith(f"{part}.json --rungs {' '.join(LEFT[fails])}")
+        assert run.endswith(f"{part}.json --rungs {' '.join(left if after else RUNGS)}")
+        after = after or part == within
+    alone = len(RUNGS) * (within == "small")
     homes = [Path(origin).parent.parent for origin in origins]
     assert homes[: 2 + alone] == [build / "site", *[build / "watchdog/site"] * (1 + alone)]
     assert set(homes[2 + alone :]) == {build / "site"}
@@ -163,8 +169,35 @@ def test_every_part_runs_from_the_package_that_was_built(script, tmp_path, fails
     assert len(watched) == 3 and all("--report-api-errors no" in line for line in watched)
     tools = json.loads((build / "parts/sanitizer.json").read_text())["rows"]
     assert [row["tool"] for row in tools] == ["memcheck", "racecheck", "synccheck"]
-    assert {row["outcome"] for row in tools} == {"failed" if fails else "passed"}
-    assert (build / "parts/small.json").exists() == (not fails)
+    assert {row["outcome"] for row in tools} == {"failed" if within == "small" else "passed"}
+    for part in parts:
+        assert (build / f"parts/{part}.json").exists() == (part != within)
+
+
+def test_rungs_by_themselves_are_reported_with_their_part(tmp_path):
+    status, page = report(tmp_path, FOUND)
+    alone = {"part": "speed", "complete": True, "rows": FOUND["speed"][:1]}
+    (tmp_path / "parts/speed_3.json").write_text(json.dumps(alone))
+    assert status == 0 and page.count("full, token") == 1
+    status, page = report(tmp_path, FOUND)
+    assert status == 1 and page.count("full, token") == 2 and "speed: 3 rows, 0 failed, cut" in page
+
+
+def test_what_a_part_has_found_survives_an_interrupt(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "H200")
+    record = gpu.Record(tmp_path / "part.json", "small")
+    record.add(passed=True)
+    whole = (tmp_path / "part.json").read_text()
+
+    def interrupted(path, text, **_):
+        with open(path, "w") as file:
+            file.write(text[:9])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_text", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        record.add(passed=True)
+    assert (tmp_path / "part.json").read_text() == whole
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")

@@ -44,7 +44,7 @@ STREAM_BYTES = 8 << 30
 
 
 class Record:
-    """Rows of one part, in a JSON file that is whole after every `add`."""
+    """Rows of one part, in a JSON file that is whole at any time."""
 
     def __init__(self, path: Path, part: str):
         self.path = path
@@ -64,7 +64,9 @@ class Record:
         self._write()
 
     def _write(self) -> None:
-        self.path.write_text(json.dumps(self.data, indent=1) + "\n", encoding="utf-8")
+        beside = self.path.with_suffix(".new")
+        beside.write_text(json.dumps(self.data, indent=1) + "\n", encoding="utf-8")
+        beside.replace(self.path)
 
 
 @contextmanager

@@ -15,12 +15,19 @@ PARTS = ("stream", "parity", "speed", "small", "sanitizer")
 
 
 def collect(folder: Path) -> dict[str, Any]:
-    """What the parts have left in `folder`, by part; absent ones are missing."""
-    found = {}
+    """What the parts have left in `folder`, by part, with what rungs by themselves have left of it;
+    absent ones are missing.
+    """
+    found: dict[str, Any] = {}
     for part in PARTS:
-        path = folder / f"{part}.json"
-        if path.is_file():
-            found[part] = json.loads(path.read_text(encoding="utf-8"))
+        for path in (folder / f"{part}.json", *sorted(folder.glob(f"{part}_[0-9].json"))):
+            if not path.is_file():
+                continue
+            data = json.loads(path.read_text(encoding="utf-8"))
+            whole = found.setdefault(part, data)
+            if whole is not data:
+                whole["rows"] += data["rows"]
+                whole["complete"] = False  # some rung has taken its process along
     return found
 
 
