@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -235,36 +236,36 @@ def speed(record: Record, rungs: Sequence[str]) -> None:
     torch.cuda.empty_cache()
     weights = sum(p.nbytes for p in model.parameters()) - model.gpt_neox.embed_in.weight.nbytes
 
-    def add(name: str, how: str, context: int, milliseconds: float, judged_as: str | None) -> None:
+    def add(name: str, how: str, context: int, under: str | None, measure: Callable) -> None:
         keys = 2 * context * model.config.hidden_size * model.config.num_hidden_layers * 2
-        record.add(
-            contender=name, how=how, context=context, ms_per_token=milliseconds,
-            bytes_per_token=weights + keys,
-            parity=verdicts.get((judged_as, context)) if judged_as else None,
-        )  # fmt: skip
+        try:
+            with rung(model, under):
+                found = {"ms_per_token": measure(), "bytes_per_token": weights + keys}
+        except Exception as error:
+            torch.cuda.synchronize()  # raises where the device is lost, else the others go on
+            found = {"error": f"{type(error).__name__}: {error}", "passed": False}
+        verdict = verdicts.get((under, context)) if under else None
+        record.add(contender=name, how=how, context=context, parity=verdict, **found)
 
     def add_loop(how: str, **options: Any) -> None:
         for context in SPEED_CONTEXTS if "full, token" in rungs else ():
-            ids, _ = _inputs(context - STEPS, 1, False)
-            with rung(model, "full, token"):
-                # long, so that recording its graph does not count
-                took = per_token(_looped(model, ids, **options), many=256)
-                add("hf_fusion.generate", how, context, took, "full, token")
+            run = _looped(model, _inputs(context - STEPS, 1, False)[0], **options)
+            # long, so that recording its graph does not count
+            measure = partial(per_token, run, many=256)
+            add("hf_fusion.generate", how, context, "full, token", measure)
 
     for name in [name for name in ("full, token", "full, chain") if name in rungs]:
         for context in SPEED_CONTEXTS:
-            with rung(model, name):
-                add(name, "graph replay", context, per_replay(model, context), name)
+            add(name, "graph replay", context, name, partial(per_replay, model, context))
     add_loop("loop on the device")
     for context in SPEED_CONTEXTS:
         for name in (None, *rungs):
-            with rung(model, name):
-                milliseconds = per_token(_generations(model, context))
-            add(name or "stock, eager", "generate()", context, milliseconds, name)
+            measure = partial(per_token, _generations(model, context))
+            add(name or "stock, eager", "generate()", context, name, measure)
     add_loop("the same, tokens drawn", do_sample=True, top_k=50, top_p=0.95)
     for context in SPEED_CONTEXTS[:1]:  # last: compiling takes longest
         run = _generations(model, context, cache_implementation="static")
-        add("stock, compiled, static cache", "generate()", context, per_token(run), None)
+        add("stock, compiled, static cache", "generate()", context, None, partial(per_token, run))
 
 
 def stream(record: Record, rungs: Sequence[str]) -> None:

@@ -41,17 +41,19 @@ def speed_table(found: dict[str, Any]) -> str:
     """Milliseconds a token, share of the read stream, and the verdict beside each."""
     stream, lines = read_stream(found), []
     for row in found.get("speed", {}).get("rows", []):
-        share = "-"
-        if stream:
-            share = f"{1e3 * row['bytes_per_token'] / row['ms_per_token'] / stream:.2f}"
+        share, took = "-", row.get("ms_per_token")
+        if stream and took:
+            share = f"{1e3 * row['bytes_per_token'] / took / stream:.2f}"
         verdict = "stock"
-        if row["parity"] is not None:
+        if "error" in row:
+            verdict = "FAILED, " + " ".join(row["error"].replace("|", "/").split())[:99]
+        elif row["parity"] is not None:
             word = "passed" if row["parity"]["passed"] else "FAILED"
             verdict = f"{word}, error {row['parity']['ratio']:.2f} x stock's"
         elif "stock" not in row["contender"]:
             verdict = "none"
         lines.append(
-            [row["contender"], row["how"], str(row["context"]), f"{row['ms_per_token']:.3f}"]
+            [row["contender"], row["how"], str(row["context"]), f"{took:.3f}" if took else "-"]
             + [share, verdict]
         )
     header = ["contender", "how", "context", "ms/token", "share of stream", "verdict"]
