@@ -110,8 +110,8 @@ sanitize() {
   echo "{\"part\": \"sanitizer\", \"complete\": true, \"rows\": [${rows[*]}]}" >"$parts/sanitizer.json"
 }
 
-# A kernel that traps, or never ends, takes its process along: where one does, each rung has a process
-# of its own, and what is sound goes on to the next part.
+# A kernel that traps, or never ends, takes its process along: where one does, each rung has a
+# process of its own, and what is sound goes on to the next part.
 sound=(attention attention+up 'full, chain' 'full, token')
 ended() { # name of a JSON, status: all was done, or time was up
   (($2 == 124)) || grep -q '"complete": true' "$parts/$1.json" 2>/dev/null

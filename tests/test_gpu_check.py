@@ -176,9 +176,9 @@ def test_every_part_runs_from_the_package_that_was_built(script, tmp_path, withi
 
 def test_a_measurement_that_fails_leaves_the_others(tmp_path):
     failed = {"contender": "full, token", "how": "loop", "context": 32, "parity": VERDICT}
-    failed |= {"error": "RuntimeError: a | b\nin a capture", "passed": False}
+    failed |= {"error": "RuntimeError: a | b\nin capture", "passed": False}
     status, page = report(tmp_path, {**FOUND, "speed": [failed, *FOUND["speed"]]})
-    assert status == 1 and "| loop | 32 | - | - | FAILED, RuntimeError: a / b in a capture |" in page
+    assert status == 1 and "| loop | 32 | - | - | FAILED, RuntimeError: a / b in capture |" in page
     assert "| full, token | graph replay | 32 | 2.000 |" in page and "3 rows, 1 failed" in page
 
 

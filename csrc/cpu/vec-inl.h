@@ -294,7 +294,7 @@ HFF_INLINE F load(const f16* p) {
 }
 #else
 HFF_INLINE F fma(F a, F b, F c) { return {a.v * b.v + c.v}; }
-// As to_float, but a signalling NaN stays one. Subnormals are what is left of 2^-14 more without it.
+// As to_float, but a signalling NaN stays one. A subnormal is what is left of 2^-14 more than it.
 HFF_INLINE F load(const f16* p) {
   const Bits words = load_halves<false>(p), sign = (words & 0x8000) << 16;
   const Flags body = Flags(words & 0x7fff), small = body < 0x400;

@@ -4,9 +4,9 @@
 //   RMS: mean = 0
 //
 // x: (batch, hidden) fp32 in shared memory. Every CTA computes all statistics by itself: hidden
-// additions are cheaper than a wait between CTAs. Two passes, fp32, of which the second corrects the
-// mean of the first; sums in a fixed order: a thread's elements, the lanes of a warp by xor, the
-// warps in order. Both norms of a parallel layer share the statistics. A thread asks for kLoads
+// additions are cheaper than a wait between CTAs. Two passes, fp32, of which the second corrects
+// the mean of the first; sums in a fixed order: a thread's elements, the lanes of a warp by xor,
+// the warps in order. Both norms of a parallel layer share the statistics. A thread asks for kLoads
 // elements before it uses the first: a loop of one load at a time waits for L2 at each.
 #pragma once
 

@@ -101,8 +101,8 @@ int max_active_clusters(Kernel<P> kernel, const Launch& launch) {
 #define HFF_CUDA_IMAGES "native"
 #endif
 
-// Whether one of them runs on sm_`arch`: code on its major version from its minor one on, PTX on all
-// that follow, but neither elsewhere with an `a`. Of a name the launches will tell.
+// Whether one of them runs on sm_`arch`: code on its major version from its minor one on, PTX on
+// all that follow, but neither elsewhere with an `a`. Of a name the launches will tell.
 inline bool runs_on(int arch) {
   for (const char* at = HFF_CUDA_IMAGES; *at != '\0'; at += std::strcspn(at, "0123456789")) {
     char* kind = nullptr;
