@@ -1,4 +1,6 @@
-"""The structs and constants of csrc/include/hf_fusion.h in ctypes; tests/test_abi.py holds them against the header."""
+"""The structs and constants of csrc/include/hf_fusion.h in ctypes; tests/test_abi.py holds them
+against the header.
+"""
 
 from __future__ import annotations
 
@@ -298,9 +300,9 @@ class AttendPlan(ctypes.Structure):
 
 
 STRUCTS = (
-    Buffer, Buffer, Linear, Norm, Heads, Block, Cache, Mask, Call, BlockIo, Model, Sampling, ModelIo, LinearIo, NormIo,
-    Device, Strides, AttendIo, AttendPlan,
-)  # fmt: skip
+    Buffer, Buffer, Linear, Norm, Heads, Block, Cache, Mask, Call, BlockIo, Model, Sampling,
+    ModelIo, LinearIo, NormIo, Device, Strides, AttendIo, AttendPlan,
+)  # fmt: skip  in the header's order of declaration
 
 
 def sized(struct: type[ctypes.Structure]) -> ctypes.Structure:

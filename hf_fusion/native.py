@@ -1,8 +1,9 @@
-"""The native library: loaded by absolute path from inside the package, its statuses raised, its structs at hand.
+"""The native library: loaded by absolute path from inside the package, its statuses raised, its
+structs at hand.
 
-Knows ctypes and the C ABI of csrc/include/hf_fusion.h (mirror.py), nothing of models or torch. A library that is
-missing, writable by anyone, of another ABI or with other struct sizes is refused with a FusionError(Reason.LIBRARY);
-nothing is searched for anywhere else.
+Knows ctypes and the C ABI of csrc/include/hf_fusion.h (mirror.py), nothing of models or torch. A
+library that is missing, writable by anyone, of another ABI or with other struct sizes is refused
+with a FusionError(Reason.LIBRARY). No other place is searched.
 """
 
 from __future__ import annotations
@@ -27,8 +28,12 @@ _REASONS = {
 }
 
 _SIGNATURES = {
-    "hff_model_forward": (c_int32, [POINTER(Call), POINTER(Model), POINTER(Cache), POINTER(ModelIo)]),
-    "hff_block_forward": (c_int32, [POINTER(Call), POINTER(Block), POINTER(Cache), POINTER(BlockIo)]),
+    "hff_model_forward": (
+        c_int32, [POINTER(Call), POINTER(Model), POINTER(Cache), POINTER(ModelIo)]
+    ),
+    "hff_block_forward": (
+        c_int32, [POINTER(Call), POINTER(Block), POINTER(Cache), POINTER(BlockIo)]
+    ),
     "hff_linear_forward": (c_int32, [POINTER(Linear), POINTER(LinearIo)]),
     "hff_norm_forward": (c_int32, [POINTER(Norm), POINTER(NormIo)]),
     "hff_attend": (c_int32, [POINTER(AttendIo)]),
@@ -49,14 +54,16 @@ _SIGNATURES = {
     "hff_huge_pages": (c_int64, [c_void_p, c_int64]),
     "hff_prefetch": (c_int32, [c_int32, c_int64]),
     "hff_read_stream": (c_double, [c_void_p, c_int64, c_int32]),
-}
+}  # fmt: skip
 
 _library: ctypes.CDLL | None = None
 _lock = threading.Lock()
 
 
 def library_path() -> Path:
-    """Where the package keeps its library; FusionError(Reason.LIBRARY) where it is absent or not to be trusted."""
+    """Where the package keeps its library; FusionError(Reason.LIBRARY) where it is absent or not to
+    be trusted.
+    """
     name = "libhf_fusion.dylib" if sys.platform == "darwin" else "libhf_fusion.so"
     folders = [Path(os.path.abspath(folder)) for folder in sys.modules[__package__].__path__]
     for folder in folders:
@@ -65,20 +72,24 @@ def library_path() -> Path:
             continue
         for trusted in (path, folder):
             mode = os.stat(trusted).st_mode if trusted is folder else os.lstat(trusted).st_mode
-            if stat.S_ISLNK(mode) or mode & stat.S_IWOTH:
+            link, writable = stat.S_ISLNK(mode), f"writable by anyone ({mode & 0o777:o})"
+            if link or mode & stat.S_IWOTH:
                 raise FusionError(
                     Reason.LIBRARY,
-                    f"{trusted} is {'a link' if stat.S_ISLNK(mode) else f'writable by anyone ({mode & 0o777:o})'}, "
+                    f"{trusted} is {'a link' if link else writable}, "
                     "expected a plain file or folder that others may not write",
                 )
         return path
     raise FusionError(
-        Reason.LIBRARY, f"{name} is not in {' or '.join(map(str, folders))}; install the package to build it"
+        Reason.LIBRARY,
+        f"{name} is not in {' or '.join(map(str, folders))}; install the package to build it",
     )
 
 
 def load() -> ctypes.CDLL:
-    """The library, loaded and checked once; FusionError(Reason.LIBRARY or Reason.ISA) where it cannot be used."""
+    """The library, loaded and checked once; FusionError(Reason.LIBRARY or Reason.ISA) where it
+    cannot be used.
+    """
     global _library
     if _library is not None:
         return _library
@@ -89,7 +100,9 @@ def load() -> ctypes.CDLL:
 
 
 def _check_whole(path: Path) -> None:
-    """Raises FusionError where an ELF file ends before its section table does: loading it could end the process."""
+    """Raises FusionError where an ELF file ends before its section table does: loading it could end
+    the process.
+    """
     with open(path, "rb") as file:
         head = file.read(64)
         size = file.seek(0, os.SEEK_END)
@@ -113,7 +126,9 @@ def _open(path: Path) -> ctypes.CDLL:
         raise FusionError(Reason.LIBRARY, f"{path} cannot be loaded: {error}") from error
     version = library.hff_abi_version()
     if version != ABI_VERSION:
-        raise FusionError(Reason.LIBRARY, f"{path} has ABI version {version}, expected {ABI_VERSION}")
+        raise FusionError(
+            Reason.LIBRARY, f"{path} has ABI version {version}, expected {ABI_VERSION}"
+        )
     for index, struct in enumerate(STRUCTS):
         size = library.hff_struct_size(index)
         if size != ctypes.sizeof(struct):
@@ -133,7 +148,9 @@ def check(status: int) -> None:
 
 
 def describe_device(device: str, ordinal: int = 0) -> Device:
-    """What the library finds of a device; FusionError(Reason.UNSUPPORTED) with its reason where it finds none."""
+    """What the library finds of a device; FusionError(Reason.UNSUPPORTED) with its reason where it
+    finds none.
+    """
     found = sized(Device)
     check(load().hff_describe_device(DEVICES[device], ordinal, ctypes.byref(found)))
     return found
@@ -145,7 +162,9 @@ def isa() -> str:
 
 
 def isas() -> list[tuple[str, str | None]]:
-    """Every instruction set in rising order with the reason it cannot be used here, None where it can."""
+    """Every instruction set in rising order, with the reason it cannot be used here, None where it
+    can.
+    """
     library, found = load(), []
     reason = c_char_p()
     while True:
@@ -156,7 +175,9 @@ def isas() -> list[tuple[str, str | None]]:
 
 
 def select_isa(name: str | None) -> str:
-    """Forces an instruction set for the process, None for HF_FUSION_ISA or the best; returns the one in use."""
+    """Forces an instruction set for the process, None for HF_FUSION_ISA or the best; returns the
+    one in use.
+    """
     check(load().hff_select_isa(name.encode() if name is not None else None))
     return isa()
 
@@ -164,7 +185,8 @@ def select_isa(name: str | None) -> str:
 def use_openmp(folder: Path) -> None:
     """Runs native calls on the threads of the OpenMP runtime that was loaded from `folder`.
 
-    Loads nothing: without a runtime from there in the process, native calls keep threads of their own.
+    Loads nothing: without a runtime from there in the process, native calls keep threads of their
+    own.
     """
     for path in sorted(folder.glob("lib*omp*.so*")):
         try:
@@ -183,15 +205,17 @@ def huge_pages(address: int, size: int) -> int:
 
 
 def prefetch(dtype: int, rows: int = 1) -> str | None:
-    """How a row kernel asks memory for weights in calls of `rows` rows, 1 or 2 (a name of PREFETCHES); None until the
-    first calls over large weights have found out what is faster here.
+    """How row kernels ask memory for weights in calls of `rows` rows, 1 or 2 (a name of
+    PREFETCHES); None until the first calls over large weights have found out what is faster here.
     """
     found = load().hff_prefetch(dtype, rows)
     return next((name for name, value in PREFETCHES.items() if value == found), None)
 
 
 def read_stream_bandwidth(size: int = 512 << 20, threads: int = 1, repeats: int = 3) -> float:
-    """Bytes per second at which `threads` threads read `size` bytes of memory on huge pages, median of `repeats`."""
+    """Bytes per second at which `threads` threads read `size` bytes of memory on huge pages, median
+    of `repeats`.
+    """
     library = load()
     with mmap.mmap(-1, size) as memory:
         if hasattr(mmap, "MADV_HUGEPAGE"):
