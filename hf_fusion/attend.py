@@ -16,7 +16,7 @@ import torch
 from . import native, streams
 from .packing import team_width
 from .report import FusionError, Reason
-from .structs import DTYPES
+from .structs import DTYPES, extent_bytes
 
 KERNELS = tuple(native.ATTENDS)
 _MASKS = {torch.bool: native.MASK_BOOL, torch.int64: native.MASK_INT64}
@@ -160,8 +160,7 @@ def _dense(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _buffer(tensor: torch.Tensor) -> native.Buffer:
-    last = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return native.Buffer(tensor.data_ptr(), (last + 1) * tensor.element_size())
+    return native.Buffer(tensor.data_ptr(), extent_bytes(tensor))
 
 
 def _give_mask(call, mask, query, shape) -> torch.Tensor:

@@ -1,9 +1,9 @@
 """The CUDA back end: a decode step of a causal decoder, a layer or a whole model, queued on torch's
 current stream.
 
-Nothing here waits for the device or reads from it: ids, positions and cache lengths are for its
-kernels to read, and a position past the table of rotary embeddings, a token past the vocabulary or
-a step past the end of a cache gives NaN. Prompts, batches of more than MOST_BATCH, fp32 and encoders
+Nothing here waits for the device or reads from it. Ids, positions and cache lengths are for its
+kernels to read: a position past the table of rotary embeddings, a token past the vocabulary or a
+step past the end of a cache gives NaN. Prompts, batches of more than MOST_BATCH, fp32 and encoders
 are refused with a reason and run stock.
 
 Inside torch.cuda.graph a step with a StaticCache is recorded as it is: a replay reads ids,
@@ -177,8 +177,8 @@ class CudaBackend:
         return size
 
     def _set_call(self, bound, batch: int, slots: list, mask, positions, rope) -> Any:
-        """Fills the hff_call but for stream and workspace; returns what must live until it
-        is queued.
+        """Fills the hff_call but for stream and workspace; returns what must stay alive until it is
+        queued.
         """
         frame = self._frame
         self._set_shape(bound, batch)
@@ -187,7 +187,7 @@ class CudaBackend:
             length = slots[0].length
             rope.cover_rows(slots[0].buffers[0].shape[2] if length is None else length + 1)
         else:
-            rope, positions = rope_of_call(rope, batch, 1, 0, positions)
+            rope, positions = rope_of_call(rope, 1, 0, positions)
         rows = rope.current
         frame.set_rows(rows)
         frame.set_positions(positions)  # none: the kernels count on from the cache

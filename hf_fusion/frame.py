@@ -53,6 +53,12 @@ class Frame:
         self.positions.data = positions.data_ptr()
         self.positions.bytes = 8 * ((rows - 1) * batch_stride + (queries - 1) * query_stride + 1)
 
+    def set_starts(self, starts: torch.Tensor | None) -> None:
+        """Where sequences of different lengths start, (B + 1) of int64, contiguous, or none."""
+        there = starts is not None
+        self.starts.data = starts.data_ptr() if there else None
+        self.starts.bytes = starts.nbytes if there else 0
+
     def set_ids(self, ids: torch.Tensor) -> None:
         """Token ids (B, q) of int64, in place of x."""
         (batch, queries), strides = ids.shape, ids.stride()

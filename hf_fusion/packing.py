@@ -1,10 +1,11 @@
-"""Packed copies of weights: made once, counted in bytes, and noticed when what they copy has changed.
+"""Packed copies of weights: made once, counted in bytes, and checked before every use.
 
-A copy is trusted while the instruction set, the precision that chose its panels, and the version counters of the
-tensors are what they were, and while a sample of the weights is: every check reads one cache line of every eighth row,
-others each time. A write that passes by the version counter (`.data`) is noticed at once where it touches a whole
-matrix, within eight calls where it touches whole rows, and within eight times a row's cache lines wherever it is;
-`packed=False` has no copies and no such delay.
+A copy is trusted while four things are what they were: the instruction set, the precision that
+chose its panels, the version counters of the tensors, and a sample of the weights. A check samples
+one cache line of every eighth row, other lines and rows each time. A write through `.data` leaves
+the version counter as it was. It is noticed at once where it touches a whole matrix, within eight
+calls where it touches whole rows, and anywhere within eight times as many calls as a row has cache
+lines. `packed=False` has no copies and no such delay.
 """
 
 from __future__ import annotations
@@ -23,14 +24,28 @@ def team_width() -> int:
     return min(torch.get_num_threads(), native.MAX_THREADS)
 
 
+def fp32_precision() -> int:
+    """What a native call may do with fp32 products, as torch.set_float32_matmul_precision says."""
+    return native.PRECISIONS[torch.get_float32_matmul_precision()]
+
+
+def _precision_for(dtype: int) -> int:
+    # it changes nothing but fp32 products
+    return fp32_precision() if dtype == native.F32 else 0
+
+
+def _whole_lines(size: int) -> int:
+    return -(-size // _LINE) * _LINE
+
+
 def packed_size(dtype: int, rows: int, cols: int) -> int:
     """Bytes that the panels of a matrix take in a PackedWeights."""
-    precision = native.PRECISIONS[torch.get_float32_matmul_precision()] if dtype == native.F32 else 0
-    return -(-native.load().hff_packed_bytes(dtype, precision, rows, cols) // _LINE) * _LINE
+    library = native.load()
+    return _whole_lines(library.hff_packed_bytes(dtype, _precision_for(dtype), rows, cols))
 
 
 class PackedWeights:
-    """The panels of some matrices in one buffer; the `packed` field of their structs points into it.
+    """The panels of some matrices in one buffer; their structs' `packed` fields point into it.
 
     Raises FusionError where a matrix cannot be packed.
     """
@@ -38,29 +53,25 @@ class PackedWeights:
     def __init__(self, linears: list[native.Linear], weights: list[torch.Tensor], dtype: int):
         library = native.load()
         self._library, self._weights, self._dtype = library, weights, dtype
-        self._isa, self._precision = native.isa(), self._precision_now()
+        self._isa, self._precision = native.isa(), _precision_for(dtype)
         threads = team_width()
         sizes = [library.hff_packed_bytes(dtype, self._precision, n.rows, n.cols) for n in linears]
-        self.bytes = sum(-(-size // _LINE) * _LINE for size in sizes)
+        self.bytes = sum(map(_whole_lines, sizes))
         self._buffer = torch.empty(self.bytes + _LINE, dtype=torch.uint8)
-        at = -(-self._buffer.data_ptr() // _LINE) * _LINE
+        at = _whole_lines(self._buffer.data_ptr())
         for linear, size in zip(linears, sizes, strict=True):
             linear.packed = native.Buffer(at, size)
             plain = native.Linear.from_buffer_copy(linear)
             plain.packed = native.Buffer()
-            native.check(
-                library.hff_pack(ctypes.byref(plain), dtype, self._precision, threads, linear.packed)
-            )
-            at += -(-size // _LINE) * _LINE
+            given = ctypes.byref(plain), dtype, self._precision, threads, linear.packed
+            native.check(library.hff_pack(*given))
+            at += _whole_lines(size)
         self._sampled = (native.Linear * len(linears))(*linears)
         self._versions = self._versions_now()
         lines = max(-(-w.shape[1] * w.element_size() // _LINE) for w in weights)
         self._samples = [self._sample(phase) for phase in range(native.SAMPLED_ROWS * lines)]
         self._phase, self._stale = 0, False
 
-    def _precision_now(self) -> int:
-        # it changes nothing but fp32 products
-        return native.PRECISIONS[torch.get_float32_matmul_precision()] if self._dtype == native.F32 else 0
 
     def _versions_now(self) -> list[int]:
         return [-1 if weight.is_inference() else weight._version for weight in self._weights]
@@ -69,13 +80,15 @@ class PackedWeights:
         return self._library.hff_fingerprint(self._sampled, len(self._sampled), self._dtype, phase)
 
     def fresh(self) -> bool:
-        """Whether the panels are still what packing now would give, as far as one sample shows; once stale, for good."""
+        """Whether the panels are still what packing now would give, as far as one sample shows.
+        Once stale, they stay stale.
+        """
         # a model asks before its layers do, and the next sample need not show what the last one did
         self._stale = self._stale or not self._unchanged()
         return not self._stale
 
     def _unchanged(self) -> bool:
-        if self._versions != self._versions_now() or self._precision != self._precision_now():
+        if self._versions != self._versions_now() or self._precision != _precision_for(self._dtype):
             return False
         phase = self._phase = (self._phase + 1) % len(self._samples)
         return self._isa == native.isa() and self._sample(phase) == self._samples[phase]

@@ -93,9 +93,9 @@ class _FixedTable:
         return False
 
 
-def rope_of_call(rope, batch: int, queries: int, past: int, positions: torch.Tensor | None):
+def rope_of_call(rope, queries: int, past: int, positions: torch.Tensor | None) -> tuple:
     """(table, positions (B|1, q)) of a call: `rope` is a RopeTable, or the (cos, sin) of its very
-    queries.
+    queries, (B|1, q, rotary_dim) each.
     """
     if not isinstance(rope, tuple):
         if positions is None:

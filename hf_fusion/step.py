@@ -1,7 +1,9 @@
-"""The cpu back end: a block spec, its tensors and a cache become C structs; one native call runs a layer or a token.
+"""The CPU back end: a block spec, its tensors and a cache become C structs; one native call runs a
+layer or a whole model.
 
-Any number of rows (batch times queries) goes through one native call: `block` for a layer, `decode` for everything
-from embedding to logits. Weights are read in place. Cache lengths move last, all together.
+Any number of rows (batch times queries) goes through one native call: `block` for a layer, `decode`
+for everything from embedding to logits, `steps` for several tokens, `encode` for an encoder's
+layers. Weights are read in place. Cache lengths move last, all together.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import torch
 from . import native
 from .attend import share_threads
 from .frame import Frame, Frames, framed
-from .packing import packed_size, team_width
+from .packing import fp32_precision, packed_size, team_width
 from .report import FusionError, Reason
 from .rope import rope_of_call
 from .sampling import Sampler
@@ -26,7 +28,9 @@ def _packs(spec: BlockSpec, packed: bool | None) -> bool:
 
 
 class CpuBackend:
-    """The calls of a back end through the native library; arguments as in reference.ReferenceBackend."""
+    """The calls of a back end through the native library; arguments as in
+    reference.ReferenceBackend.
+    """
 
     name = "cpu"
     asynchronous = False
@@ -53,11 +57,14 @@ class CpuBackend:
     def check_call(self, batch: int, queries: int, cache: Any) -> None:
         """Any number of rows runs, with a cache or without."""
 
-    def bind_block(self, spec: BlockSpec, tensors: BlockTensors, packed: bool | None = False) -> NativeBlock:
+    def bind_block(
+        self, spec: BlockSpec, tensors: BlockTensors, packed: bool | None = False
+    ) -> NativeBlock:
         """Structs over the tensors; FusionError where dtype, shape or strides do not fit.
 
-        `packed`: whether matrix kernels read packed copies of the weights. None: for an encoder on AMX, whose products
-        are faster than packing as they go; elsewhere that costs a few per cent (BENCHMARKS.md).
+        `packed`: whether matrix kernels read packed copies of the weights. None: an encoder's do on
+        AMX, whose products are faster than packing as they go; elsewhere packing as they go costs a
+        few per cent (BENCHMARKS.md).
         """
         self.check_device(tensors.qkv_weight.device)
         return NativeBlock(spec, tensors, _packs(spec, packed))
@@ -66,29 +73,34 @@ class CpuBackend:
         """Bytes of the copies that `bind_block` would make."""
         if not _packs(spec, packed) or dtype not in DTYPES:
             return 0
-        return sum(
-            packed_size(DTYPES[dtype], *shape) for shape in tensor_shapes(spec) if shape and len(shape) == 2
-        )
+        matrices = (shape for shape in tensor_shapes(spec) if shape and len(shape) == 2)
+        return sum(packed_size(DTYPES[dtype], *shape) for shape in matrices)
 
-    def bind_model(self, blocks, embedding_weight, final_norm, head_weight=None, head_bias=None) -> NativeModel:
+    def bind_model(
+        self, blocks, embedding_weight, final_norm, head_weight=None, head_bias=None
+    ) -> NativeModel:
         """Structs over a whole model; `final_norm` is (NormSpec, weight, bias)."""
         model = NativeModel(blocks, embedding_weight, final_norm, head_weight, head_bias)
         model.back_by_huge_pages()
         return model
 
-    def _set_call(self, block: NativeBlock, batch, queries, past, mask, positions, rope, starts=None):
-        """Fills the hff_call; returns what must stay alive until the native call returns."""
+    def _set_call(
+        self, block: NativeBlock, batch, queries, past, mask, positions, rope, starts=None
+    ) -> tuple:
+        """Fills the hff_call. Returns what must stay alive until the native call returns: the rope
+        table, the positions, and the rest.
+        """
         frame = self._frame
         call = frame.call
         call.dtype, call.threads = DTYPES[block.dtype], team_width()
         call.batch, call.queries = batch, queries
         call.causal = block.spec.attention.causal
-        call.precision = native.PRECISIONS[torch.get_float32_matmul_precision()]
-        frame.starts.data, frame.starts.bytes = (None, 0) if starts is None else (starts.data_ptr(), starts.nbytes)
+        call.precision = fp32_precision()
+        frame.set_starts(starts)
         mask = set_mask(frame.mask, mask, block.dtype)
         if rope is None:
             return None, None, (mask, starts)
-        table, positions = rope_of_call(rope, batch, queries, past, positions)
+        table, positions = rope_of_call(rope, queries, past, positions)
         frame.set_rows(table.current)
         frame.set_positions(positions)
         return table, positions, mask
@@ -104,9 +116,15 @@ class CpuBackend:
         if status != native.OK:
             native.check(status)
 
+    def _run_model(self, model: NativeModel, caches: Any, alive) -> None:
+        forward, frame = self._library.hff_model_forward, self._frame
+        self._run(forward, alive, frame.call_ref, model.reference, caches, frame.io_ref)
+
     @framed
     def decode(self, model: NativeModel, ids, embeds, slots, mask, positions, rope, keep=0):
-        """(hidden (B, q, hidden), None) after the final norm or, with a head, (None, logits (B, keep, vocab))."""
+        """(hidden (B, q, hidden), None) after the final norm or, with a head, (None, logits (B,
+        keep, vocab)).
+        """
         batch, queries = ids.shape if ids is not None else embeds.shape[:2]
         frame = self._frame
         past = slots[0].length if slots[0] is not None else 0
@@ -124,19 +142,28 @@ class CpuBackend:
         else:
             hidden = torch.empty((batch, queries, model.struct.hidden), dtype=model.dtype)
         frame.set_model_out(logits, hidden)
-        self._run(
-            self._library.hff_model_forward, alive, frame.call_ref, model.reference, caches, frame.io_ref
-        )
+        self._run_model(model, caches, alive)
         return hidden, logits
 
     @framed
     def steps(
-        self, model: NativeModel, ids, slots, mask, positions, rope, steps: int, sampler: Sampler, uniforms=None
+        self,
+        model: NativeModel,
+        ids,
+        slots,
+        mask,
+        positions,
+        rope,
+        steps: int,
+        sampler: Sampler,
+        uniforms=None,
     ) -> torch.Tensor:
-        """Tokens (B, steps) that follow ids (B, 1), each as `sampler` takes it; for a model with a head.
+        """Tokens (B, steps) that follow ids (B, 1), each as `sampler` takes it; for a model with a
+        head.
 
-        As `steps` calls of `decode`: a step reads the token of the one before, at positions one further. The mask
-        covers the keys of all steps. `uniforms`: (B, steps) fp64, contiguous, where tokens are drawn.
+        As `steps` calls of `decode`: a step reads the token of the one before, at positions one
+        further. The mask covers the keys of all steps. `uniforms`: (B, steps) fp64, contiguous,
+        where tokens are drawn.
         """
         batch, frame = ids.shape[0], self._frame
         caches = caches_of(slots, batch, 1, model.blocks)
@@ -151,15 +178,19 @@ class CpuBackend:
         if sampler.do_sample:
             frame.set_sampling(sampler, uniforms)
         last = table, None if first is None else first + (steps - 1), None
-        self._run(self._library.hff_model_forward, last, frame.call_ref, model.reference, caches, frame.io_ref)
+        self._run_model(model, caches, last)
         del alive
         return tokens
 
-    def encode(self, model: NativeModel, x: torch.Tensor, mask: torch.Tensor | None, owned=False) -> torch.Tensor:
-        """Hidden states (B, S, hidden) of x (B, S, hidden) after all layers and the final norm, if there is one.
+    def encode(
+        self, model: NativeModel, x: torch.Tensor, mask: torch.Tensor | None, owned=False
+    ) -> torch.Tensor:
+        """Hidden states (B, S, hidden) of x (B, S, hidden) after all layers and the final norm, if
+        there is one.
 
-        mask: None, (B, S) nonzero for tokens, or (B|1, 1, S, S) as `block` takes it. What a (B, S) mask calls padding
-        is left out of the computation, and zero in the result. `owned`: the result may take the place of x.
+        mask: None, (B, S) nonzero for tokens, or (B|1, 1, S|1, S) as `block` takes it. What a
+        (B, S) mask calls padding is left out of the computation, and zero in the result. `owned`:
+        the result may take the place of x.
         """
         if mask is None or mask.dim() == 4 or bool((mask != 0).all()):
             mask = mask if mask is not None and mask.dim() == 4 else None
@@ -175,21 +206,22 @@ class CpuBackend:
         torch.cumsum(lengths, 0, out=starts[1:])
         hidden = x.shape[2]
         packed = x.reshape(-1, hidden).index_select(0, rows)
-        packed = self._encode_rows(model, packed, packed, x.shape[0], int(lengths.max()), None, starts)
+        longest = int(lengths.max())
+        packed = self._encode_rows(model, packed, packed, x.shape[0], longest, None, starts)
         out = torch.zeros_like(x, memory_format=torch.contiguous_format)
         out.view(-1, hidden).index_copy_(0, rows, packed)
         return out
 
     @framed
-    def _encode_rows(self, model: NativeModel, x, out, batch, queries, mask, starts=None) -> torch.Tensor:
+    def _encode_rows(
+        self, model: NativeModel, x, out, batch, queries, mask, starts=None
+    ) -> torch.Tensor:
         """`out`, which may be x, filled with the hidden states of the rows of x."""
         frame = self._frame
         alive = self._set_call(model.blocks[0], batch, queries, 0, mask, None, None, starts)
         frame.set_x(x)
         frame.set_model_out(None, out)
-        self._run(
-            self._library.hff_model_forward, alive, frame.call_ref, model.reference, None, frame.io_ref
-        )
+        self._run_model(model, None, alive)
         return out
 
     @framed

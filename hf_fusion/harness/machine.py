@@ -106,19 +106,19 @@ def multiply_add_peak(dtype: torch.dtype) -> Callable[[int], float | None]:
     """
     try:
         from hf_fusion import native, structs
-        from hf_fusion.packing import PackedWeights
+        from hf_fusion.packing import PackedWeights, fp32_precision
 
         library = native.load()
     except (ImportError, OSError, hf_fusion.FusionError):
         return lambda threads: None
     n, kind = PEAK_SIZE, structs.DTYPES[dtype]
     weight, x, out = (torch.ones(n, n, dtype=dtype) for _ in range(3))
-    linear = native.Linear(structs.buffer(weight), native.Buffer(), native.Buffer(), n, n, n)
+    linear = structs.linear(weight, None)
     panels = PackedWeights([linear], [weight], kind)
     io = native.sized(native.LinearIo)
     io.dtype, io.rows, io.x, io.out = kind, n, structs.buffer(x), structs.buffer(out)
     if kind == native.F32:
-        io.precision = native.PRECISIONS[torch.get_float32_matmul_precision()]
+        io.precision = fp32_precision()
 
     def measure(threads: int) -> float:
         io.threads, times = threads, []

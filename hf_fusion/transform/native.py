@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from .. import native
-from ..packing import team_width
+from ..packing import fp32_precision, team_width
 from ..report import FusionError
 from ..step import CpuBackend
-from ..structs import DTYPES, _linear, buffer
+from ..structs import DTYPES, buffer, linear
 from . import meter
 from .backends import register_backend
 from .blocks import Layer
@@ -27,19 +27,15 @@ from .site import Site
 NAME = "native"
 
 
-def _precision() -> int:
-    return native.PRECISIONS[torch.get_float32_matmul_precision()]
-
-
 class NativeLinear(nn.Module):
-    """act(x W^T + b) in one native call; `kernels` 1."""
+    """act(x W^T + b) in one native call."""
 
     fresh_results = (True,)
 
     def __init__(self, weight: Tensor, bias: Tensor | None, activation: str = "none"):
         super().__init__()
         self._tensors = (weight, bias)
-        self._struct, self._library = _linear(weight, bias), native.load()
+        self._struct, self._library = linear(weight, bias), native.load()
         self._activation, self._dtype = native.ACTIVATIONS[activation], weight.dtype
 
     def forward(self, x: Tensor) -> Tensor:
@@ -50,7 +46,7 @@ class NativeLinear(nn.Module):
             io = native.sized(native.LinearIo)
             io.dtype, io.threads = DTYPES[self._dtype], team_width()
             io.rows, io.activation = x.numel() // self._struct.cols, self._activation
-            io.precision, io.x, io.out = _precision(), buffer(x), buffer(out)
+            io.precision, io.x, io.out = fp32_precision(), buffer(x), buffer(out)
             native.check(
                 self._library.hff_linear_forward(ctypes.byref(self._struct), ctypes.byref(io))
             )
