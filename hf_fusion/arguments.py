@@ -17,12 +17,16 @@ from .slots import StaticSlot
 
 
 def check_gradients(tensors: list) -> None:
+    """Raises FusionError where one of the tensors, None among them, requires gradients."""
     for tensor in tensors:
         if tensor is not None and getattr(tensor, "requires_grad", False):
             raise FusionError(Reason.GRADIENTS, "gradients are enabled and something requires them")
 
 
 def check_dense(name: str, tensor: Any, dims: int, device: torch.device) -> None:
+    """Raises FusionError unless a plain strided tensor has `dims` dimensions, some elements, and
+    lies on `device`.
+    """
     if type(tensor) is not torch.Tensor:
         raise FusionError(
             Reason.TENSOR_TYPE, f"{name} is a {type(tensor).__name__}, expected torch.Tensor"
@@ -41,6 +45,7 @@ def check_dense(name: str, tensor: Any, dims: int, device: torch.device) -> None
 
 
 def check_ids(ids: Any, device: torch.device) -> torch.Tensor:
+    """Token ids (B, q) as int64."""
     check_dense("input_ids", ids, 2, device)
     if ids.dtype is torch.int64:
         return ids
@@ -50,6 +55,7 @@ def check_ids(ids: Any, device: torch.device) -> torch.Tensor:
 
 
 def check_hidden(name: str, x: Any, binding: LayerBinding | ModelBinding) -> torch.Tensor:
+    """Hidden states (B, q, hidden) in the model's dtype, contiguous."""
     check_dense(name, x, 3, binding.device)
     if x.shape[2] != binding.hidden:
         raise FusionError(
@@ -66,6 +72,7 @@ def check_hidden(name: str, x: Any, binding: LayerBinding | ModelBinding) -> tor
 def check_positions(
     positions: Any, batch: int, queries: int, device: torch.device
 ) -> torch.Tensor:
+    """Positions (B|1, q) as int64."""
     check_dense("position_ids", positions, 2, device)
     if positions.dtype is torch.int32:
         positions = positions.to(torch.int64)
@@ -119,7 +126,6 @@ def check_mask(mask, batch, queries, past, binding, slot) -> None:
 
     `past` None, a static cache on a device: the mask is not read; kernels see no later key.
     """
-    dtype, implementation = binding.dtype, binding.implementation
     check_dense("attention_mask", mask, 4, binding.device)
     keys = (past or 0) + queries
     rows, heads, columns, width = mask.shape
@@ -131,10 +137,7 @@ def check_mask(mask, batch, queries, past, binding, slot) -> None:
             f"attention_mask has shape {tuple(mask.shape)}, expected ({batch}, 1, {queries}, "
             f"{keys})",
         )
-    if mask.dtype != (torch.bool if implementation == "sdpa" else dtype) and mask.dtype != dtype:
-        raise FusionError(
-            Reason.MASK, f"attention_mask is {mask.dtype}, which {implementation} does not mask by"
-        )
+    _check_mask_dtype(mask, binding)
     if past is None or (queries == 1 and width == past + 1):
         return
     version = None if mask.is_inference() else mask._version
@@ -148,12 +151,22 @@ def check_mask(mask, batch, queries, past, binding, slot) -> None:
     seen = (
         mask[..., later]
         if mask.dtype == torch.bool
-        else mask[..., later] > torch.finfo(dtype).min / 2
+        else mask[..., later] > torch.finfo(mask.dtype).min / 2
     )
     if bool(seen.any()) or (mask.dtype != torch.bool and bool(mask.isnan().any())):
         raise FusionError(Reason.MASK, "attention_mask lets a query see a later key")
     _check_blind(mask, past)
     _checked.last = (weakref.ref(mask), version, past, index)
+
+
+def _check_mask_dtype(mask: torch.Tensor, binding: LayerBinding | ModelBinding) -> None:
+    """Raises FusionError unless a 4D mask is in the model's dtype or, for sdpa, bool."""
+    takes_bool = binding.implementation == "sdpa"
+    if mask.dtype != binding.dtype and not (takes_bool and mask.dtype == torch.bool):
+        raise FusionError(
+            Reason.MASK,
+            f"attention_mask is {mask.dtype}, which {binding.implementation} does not mask by",
+        )
 
 
 def _check_blind(mask: torch.Tensor, past: int) -> None:
@@ -172,7 +185,6 @@ def _check_blind(mask: torch.Tensor, past: int) -> None:
 
 def check_encoder_mask(mask, batch, length, binding) -> None:
     """Raises FusionError unless a mask is (batch|1, 1, length|1, length), bool or additive."""
-    dtype, implementation = binding.dtype, binding.implementation
     check_dense("attention_mask", mask, 4, binding.device)
     rows, heads, queries, keys = mask.shape
     if rows not in (1, batch) or heads != 1 or queries not in (1, length) or keys != length:
@@ -181,16 +193,14 @@ def check_encoder_mask(mask, batch, length, binding) -> None:
             f"attention_mask has shape {tuple(mask.shape)}, expected ({batch}, 1, {length}, "
             f"{length})",
         )
-    if mask.dtype != (torch.bool if implementation == "sdpa" else dtype) and mask.dtype != dtype:
-        raise FusionError(
-            Reason.MASK, f"attention_mask is {mask.dtype}, which {implementation} does not mask by"
-        )
+    _check_mask_dtype(mask, binding)
     if mask.dtype != torch.bool and bool(mask.isnan().any()):
         raise FusionError(Reason.MASK, "attention_mask holds NaN")
     _check_blind(mask, 0)
 
 
 def check_rope(rope: Any, batch: int, queries: int, binding: LayerBinding) -> None:
+    """Raises FusionError unless `rope` is (cos, sin) of (B|1, q, rotary_dim) in the model's dtype."""
     if type(rope) is not tuple or len(rope) != 2:
         raise FusionError(Reason.POSITIONS, "position_embeddings are not a tuple of cos and sin")
     for tensor in rope:

@@ -261,7 +261,7 @@ class ModelBinding:
                 raise FusionError(Reason.SHAPE, f"layer {index} has other sizes than layer 0")
             self.watch.include(layer.watch)
             self._own_forward(f"layer {index}", module)
-            self.watch._hooks(f"layer {index}", vars(module))
+            self.watch.hooks(f"layer {index}", vars(module))
 
     def _own_forward(self, name: str, module: nn.Module) -> None:
         if not is_ours(vars(module).get("forward")):

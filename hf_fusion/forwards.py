@@ -161,8 +161,8 @@ class Handle:
         return binding
 
 
-class _Frame:
-    """The outermost forward under way in a thread that was refused, and what ran inside it."""
+class _Refused:
+    """The outermost forward of a thread that was refused and runs stock, and what ran inside it."""
 
     __slots__ = ("state", "fused", "refused")
 
@@ -172,9 +172,9 @@ class _Frame:
 
 def _count(state: State, level: str, calls: int = 1) -> None:
     state.stats.count(level, calls)
-    frame = getattr(_local, "frame", None)
-    if frame is not None and frame.state is state:
-        frame.fused += calls
+    outer = getattr(_local, "refused", None)
+    if outer is not None and outer.state is state:
+        outer.fused += calls
 
 
 def _level_of(rows: int) -> str:
@@ -315,19 +315,19 @@ def _delegate(handle: Handle, module: nn.Module, refusal: FusionError, stock: Ca
     state = handle.state
     if state.strict:
         _check_strict(handle, module, refusal)
-    outer = getattr(_local, "frame", None)
+    outer = getattr(_local, "refused", None)
     if outer is not None and outer.state is state:
         if handle.level == LAYER:
             outer.refused[refusal.reason] = refusal
         return stock()
-    frame = _local.frame = _Frame(state)
+    here = _local.refused = _Refused(state)
     try:
         return stock()
     finally:
-        _local.frame = outer
-        if frame.fused:
+        _local.refused = outer
+        if here.fused:
             state.stats.downgrade(refusal)
-            for inner in frame.refused.values():
+            for inner in here.refused.values():
                 state.stats.refuse(inner)
         else:
             state.stats.refuse(refusal)

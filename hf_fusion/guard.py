@@ -1,4 +1,4 @@
-"""What a single call may look like to run fused.
+"""What a single call must look like to run fused.
 
 Every check raises FusionError with the reason. Nothing visible has changed by then: at most the
 layers of a cache have become growable ones with the same content.
@@ -113,9 +113,7 @@ def read_model_call(binding: ModelBinding, call: dict[str, Any], config: dict) -
     if get("labels") is not None:
         raise FusionError(Reason.LABELS, "labels are given")
     _check_outputs(call, vars(binding.config))
-    return_dict = get("return_dict")
-    if not (config.get("return_dict", True) if return_dict is None else return_dict):
-        raise FusionError(Reason.RETURN_TUPLE, "a tuple is asked for in place of a model output")
+    _check_return_dict(call, config)
     ids, embeds = get("input_ids"), get("inputs_embeds")
     if (ids is None) == (embeds is None):
         raise FusionError(Reason.INPUT, "expected exactly one of input_ids and inputs_embeds")
@@ -200,9 +198,7 @@ def read_encoder_call(
     if not call.keys() <= known:
         _check_unknown(call, known)
     _check_outputs(call, vars(binding.config), causal=False)
-    return_dict = call.get("return_dict")
-    if not (config.get("return_dict", True) if return_dict is None else return_dict):
-        raise FusionError(Reason.RETURN_TUPLE, "a tuple is asked for in place of a model output")
+    _check_return_dict(call, config)
     mask = call.get("attention_mask")
     if mask is not None:
         check_dense("attention_mask", mask, 2, binding.device)
@@ -237,6 +233,12 @@ def _check_unknown(call: dict, known: set) -> None:
             raise FusionError(
                 Reason.ARGUMENT, f"argument {name} is given, which no fused forward takes"
             )
+
+
+def _check_return_dict(call: dict, config: dict) -> None:
+    asked = call.get("return_dict")
+    if not (config.get("return_dict", True) if asked is None else asked):
+        raise FusionError(Reason.RETURN_TUPLE, "a tuple is asked for in place of a model output")
 
 
 def _check_outputs(call: dict, config: dict, causal: bool = True) -> None:

@@ -79,9 +79,7 @@ class Watch:
         self.types: list[type] = []
         self.untouched: list[dict] = []  # __dict__ of modules without a forward of their own
         self.unhooked: list[dict] = []  # __dict__ of modules without hooks
-        self.hooked: list[
-            tuple[dict, tuple]
-        ] = []  # __dict__ of modules with inert hooks, and these
+        self.hooked: list[tuple[dict, tuple]] = []  # __dict__ of modules, their inert hooks
         self.tensors: list[torch.Tensor] = []
         self.facts: list[list] = [[] for _ in _tensor_facts]
         self.dense: list[torch.Tensor] = []  # those of the tensors that must stay contiguous
@@ -128,9 +126,10 @@ class Watch:
         if inner:
             self.untouched.append(namespace)
         if hooks:
-            self._hooks(name, namespace)
+            self.hooks(name, namespace)
 
-    def _hooks(self, name: str, namespace: dict) -> None:
+    def hooks(self, name: str, namespace: dict) -> None:
+        """Watches the hooks of a module by its __dict__; FusionError where some are not inert."""
         hooks = tuple(namespace["_forward_hooks"].values())
         if namespace["_forward_pre_hooks"] or not all(map(is_inert, hooks)):
             raise FusionError(Reason.HOOKS, f"{name} has forward hooks")
