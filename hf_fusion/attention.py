@@ -30,9 +30,9 @@ from .report import FusionError, Reason, Stats
 
 IMPLEMENTATIONS = {"hf_fusion": "flash", "hf_fusion_tiled": "tiled", "hf_fusion_naive": "naive"}
 
-# What changes the result, and sdpa does not know either: passing it on would lose it.
+# Arguments that change the result and that sdpa does not know either: it would ignore them.
 _REFUSED = ("softcap", "s_aux", "sinks", "head_mask", "layer_head_mask")
-# What does not change it: what sdpa leaves unread as well.
+# Arguments that do not change it, which sdpa leaves unread as well.
 _UNREAD = {
     "position_ids", "use_cache", "output_hidden_states", "return_dict", "num_items_in_batch",
     "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx", "logits_to_keep",
@@ -55,14 +55,15 @@ def register_attention(strict: bool = False) -> tuple[str, ...]:
 
     They then go into `set_attn_implementation` of any model that follows transformers' attention
     interface: self and cross attention, grouped heads, padding, sliding windows, position biases,
-    caches. Attention runs without gradients, on the CPU and, where this build has them, on CUDA
-    devices. Calls that the kernels do not take run in
-    transformers' sdpa function and are counted (`attention_stats`); the first of each reason warns.
-    Those are: dropout above 0, gradients, other devices and dtypes, autocast, tensor subclasses,
-    torch modes, tracing and compiling, head sizes above 256 or other for values, attention weights
-    asked for, causal attention without a mask to fewer keys than queries. With `strict`, or
-    HF_FUSION_STRICT=1, they raise FusionError. What sdpa would leave out (softcap, attention sinks,
-    head masks) raises always.
+    caches. Attention runs without gradients, on the CPU and, where this build has the kernels, on
+    CUDA devices.
+
+    Calls that the kernels do not take run in transformers' sdpa function and are counted
+    (`attention_stats`); the first of each reason warns. Those are: dropout above 0, gradients,
+    other devices and dtypes, autocast, tensor subclasses, torch modes, tracing and compiling, head
+    sizes above 256, values of another head size, attention weights asked for, and causal attention
+    without a mask to fewer keys than queries. With `strict`, or HF_FUSION_STRICT=1, they raise
+    FusionError. What sdpa would leave out (softcap, attention sinks, head masks) raises always.
     Raises FusionError(Reason.REGISTERED) where others have taken a name.
     """
     strict = strict or os.environ.get("HF_FUSION_STRICT", "") == "1"

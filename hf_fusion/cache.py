@@ -1,11 +1,15 @@
 """A layer of a DynamicCache that kernels append to in place.
 
-As a slot (see slots.py) it offers `buffers`, a tuple (keys, values) of (batch, heads, capacity,
-head_dim) tensors that is replaced as a whole, so that the identity of the tuple vouches for the
-pointers; `length`, the tokens present; `length_address`, the address of the int64 on the host that
-holds it, which kernels of the CPU advance; `reserve` and `advance`. On a device, whose kernels read
-and advance a length there, `count_address` is that length's address and `ran` says that they will
-have advanced it: the host counts along and reads nothing back.
+As a slot (see slots.py) it offers:
+  buffers         (keys, values), each (batch, heads, capacity, head_dim). The tuple is replaced as
+                  a whole, so that its identity vouches for the pointers.
+  length          tokens present.
+  length_address  address of the int64 on the host that holds it; kernels of the CPU advance it.
+  reserve         makes room for tokens.
+  advance         counts tokens that torch has written.
+  count_address   on a device: address of the length there, which its kernels read and advance.
+  ran             on a device: counts what queued kernels will have appended. The host counts along
+                  and reads nothing back.
 """
 
 from __future__ import annotations
@@ -55,12 +59,13 @@ def _users(buffers: tuple[torch.Tensor, torch.Tensor]) -> list[int]:
 class GrowableLayer(DynamicLayer):
     """A DynamicLayer whose tokens lie in buffers with room to grow.
 
-    It is packed (buffers and a length) after a fused call and loose (two plain tensors, exactly
-    what DynamicLayer would hold) where stock code needs that: gradients, odd shapes, keys or
-    values assigned from outside. The next
-    `reserve` packs it again. `keys` and `values` are views of the live tokens: what is written into
-    them is in the cache until more tokens are appended. Appending gives a caller who still holds
-    such a view the buffers for good, and goes on in new ones, as DynamicLayer does at every token.
+    After a fused call it is packed: buffers and a length. Where stock code needs that (gradients,
+    odd shapes, keys or values assigned from outside) it is loose: two plain tensors, exactly what
+    DynamicLayer would hold. The next `reserve` packs it again.
+
+    `keys` and `values` are views of the live tokens: what is written into them is in the cache
+    until more tokens are appended. Where a caller still holds such a view then, the buffers are its
+    own for good and appending goes on in new ones, as DynamicLayer does at every token.
     """
 
     _layer_type = None  # a registered type would replace DynamicLayer for every model
@@ -154,8 +159,7 @@ class GrowableLayer(DynamicLayer):
     # How the two states change into each other
 
     def _pack(self, buffers: tuple, length: int, layout: Layout) -> None:
-        # in an order that an interrupt may cut anywhere: the layout, which `reserve` trusts, comes
-        # last
+        # an interrupt may come between any two of these: the layout, which `reserve` trusts, is last
         self._layout, self._spare, self.native_caches = None, None, None
         self._cell.value = length
         self.dtype, self.device = buffers[0].dtype, buffers[0].device

@@ -1,4 +1,5 @@
-"""The command `hf-fusion`: info, ablate, perplexity, bench, attention, graph; thin over packages.
+"""The command `hf-fusion`: info, ablate, perplexity, bench, attention, graph; thin over `harness`
+and `transform`.
 
 Exit codes: 0, every number has its verdict; 1, one has not; 2, a value is not accepted (one line
 says which); 130, interrupted; 141, nobody reads stdout.

@@ -278,7 +278,7 @@ def generate(
     generate() gives them, those of one native call, or of `check_every` steps of a device, at once.
     The model may be patched or not. A replayed graph counts as one call in stats(model).
 
-    Raises FusionError for a value that is no such thing, where model.generation_config asks for what
+    Raises FusionError for a value that is not accepted, where model.generation_config asks for what
     this loop does not do, and on the CPU where logits are no distribution to draw from.
     """
     steps, every = positive("max_new_tokens", max_new_tokens), positive("check_every", check_every)

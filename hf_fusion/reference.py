@@ -211,8 +211,8 @@ class ReferenceBackend:
     def encode(self, model: ReferenceModel, x, mask: torch.Tensor | None, owned=False) -> Any:
         """Hidden states (B, S, hidden) of x (B, S, hidden) after all layers and the final norm.
 
-        mask: None, (B, S) nonzero for tokens, or (B|1, 1, S, S) as `block` takes it. The result is
-        zero where a (B, S) mask says padding. `owned` means nothing here: x stays as it is.
+        mask: None, (B, S) nonzero for tokens, or (B|1, 1, S|1, S) as `block` takes it. The result
+        is zero where a (B, S) mask says padding. `owned` means nothing here: x stays as it is.
         """
         for block in model.blocks:
             x = self._stage(block, "full", x, None, mask, None)

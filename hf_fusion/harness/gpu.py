@@ -1,5 +1,5 @@
-"""What a machine with a GPU can show, in parts that scripts/gpu_check.sh runs one by one, each under a
-time limit: the read stream, parity, decode times, and small steps for compute-sanitizer.
+"""What a machine with a GPU can show: the read stream, parity, decode times, and small steps for
+compute-sanitizer. scripts/gpu_check.sh runs these parts one by one, each under a time limit.
 
 A part writes its JSON after every row, so that a part that is stopped leaves what it has found.
 """
@@ -72,7 +72,7 @@ class Record:
 
 @contextmanager
 def rung(model: nn.Module, name: str | None) -> Iterator[Any]:
-    """`model` under a rung of RUNGS, strictly once its prompt is through; None: stock."""
+    """`model` under a rung of RUNGS for the block; yields its Stats. None: stock, without any."""
     if name is None:
         yield None
         return

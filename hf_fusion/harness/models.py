@@ -112,8 +112,9 @@ def load_model(name: str, dtype: str = "bf16", seed: int = 0) -> LoadedModel:
 
 
 def random_pythia(name: str, dtype: str, seed: int, device: str = "cpu") -> nn.Module:
-    """A GPT-NeoX of a published Pythia shape: weights and biases from N(0, 0.02), norms at 1 and "
-    "0."""
+    """A GPT-NeoX of a published Pythia shape: weights and biases from N(0, 0.02), norms at 1 and
+    0.
+    """
     from transformers import GPTNeoXConfig
 
     hidden, layers, heads, vocabulary = PYTHIA_SHAPES[name]
@@ -241,9 +242,7 @@ def checkpoint(
         raise unloadable(name, ValueError(f"its weights lack {', '.join(lost[:3])}{more}"))
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except (
-        Exception
-    ):  # any tokenizer trouble means the same here: prompts are random ids, perplexity says so
+    except Exception:  # whatever it is: prompts are random ids then, and perplexity says so
         tokenizer = None
     return model, tokenizer
 

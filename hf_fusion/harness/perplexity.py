@@ -164,8 +164,9 @@ def run_perplexity(
 
 
 def corpus_text(settings: PerplexitySettings) -> tuple[str, str]:
-    """(description, text) of the corpus the settings name; datasets are loaded only when asked "
-    "for."""
+    """(description, text) of the corpus the settings name; datasets are loaded only when asked
+    for.
+    """
     if settings.dataset is None:
         if settings.text is None:
             return "held-out text of the shipped model", heldout_text()
@@ -183,9 +184,7 @@ def corpus_text(settings: PerplexitySettings) -> tuple[str, str]:
     split, column = settings.split or "test", settings.column or "text"
     try:
         rows = datasets.load_dataset(settings.dataset, settings.dataset_config, split=split)
-    except (
-        Exception
-    ) as error:  # the package raises a dozen unrelated types for a name it cannot find
+    except Exception as error:  # for a name it cannot find, of a dozen unrelated types
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(
             f"dataset {settings.dataset!r}, split {split!r} cannot be loaded: {first}"
