@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -111,10 +111,9 @@ class LayerReport:
 class Report:
     """What `patch` did, layer by layer.
 
-    `family` is None where no family file knows the model. `packed_bytes`: what the copies of
-    weights take that the calls make and keep.
-    `reason` and `detail` say why a whole model does not run in one call, where that shows: it runs
-    stock, or as far as `layers` go.
+    `family` is None where no family file knows the model. `packed_bytes`: size of the packed copies
+    of weights that the calls will make and keep. `reason` and `detail` say why a whole model does
+    not run in one call, where that shows: it runs stock, or as far as `layers` go.
     """
 
     model: str
@@ -150,9 +149,9 @@ class Report:
 
     def __str__(self) -> str:
         head = (
-            f"{self.model}: family {self.family or 'none'}, fusion {self.fusion}, back end "
-            f"{self.backend}, "
-            f"{self.fused_layers} of {len(self.layers)} layers, {self.packed_bytes} bytes packed"
+            f"{self.model}: family {self.family or 'none'}, fusion {self.fusion}, "
+            f"back end {self.backend}, {self.fused_layers} of {len(self.layers)} layers, "
+            f"{self.packed_bytes} bytes packed"
         )
         lines = [head]
         if self.reason is not None:
@@ -185,11 +184,21 @@ def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
     return [line.rstrip() for line in lines]
 
 
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a Markdown table."""
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    return lines + [
+        "| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows
+    ]
+
+
 _locked: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
 def renew_in_child(owner: object, name: str, make: Callable[[], object]) -> None:
-    """Sets owner.name to make(), and again in a forked child: there a lock may be held by nobody."""
+    """Sets owner.name to make(), and again in the child of a fork, where a lock may be held by a
+    thread that is not there.
+    """
     setattr(owner, name, make())
     _locked[owner] = (name, make)
 

@@ -21,10 +21,10 @@ from torch import nn
 
 from hf_fusion import cli
 from hf_fusion.harness import encoders, inputs, options
+from hf_fusion.harness.render import table
 from hf_fusion.transform import FusedModel, fuse
 from hf_fusion.transform.interface import configurations
 from hf_fusion.transform.measure import compare, implementation
-from hf_fusion.transform.report import markdown
 from hf_fusion.transform.verify import verify
 
 LIBRARY, REGIONS, NATIVE = ("aten",), ("inductor", "aten"), None
@@ -122,7 +122,7 @@ def block(arguments: argparse.Namespace, missed: list[str]) -> None:
         found = compare(fused, {"x": torch.randn(batch, 197, 768)})
         ours, sdpa, eager = (found[k] for k in ("fused", "model, sdpa", "model, eager"))
         print(f"\nAttention block of ViT-B/16, batch {batch}, fp32\n")
-        print("\n".join(markdown(HEADER, [row(name, r, eager) for name, r in found.items()])))
+        print(table(HEADER, [row(name, r, eager) for name, r in found.items()]))
         check(missed, "kernels half of eager's", ours["kernels"] <= 0.5 * eager["kernels"])
         check(missed, "peak 55 % below eager", ours["peak_bytes"] <= 0.45 * eager["peak_bytes"])
         check(missed, "peak 25 % below sdpa", ours["peak_bytes"] <= 0.75 * sdpa["peak_bytes"])
@@ -148,7 +148,7 @@ def vit(arguments: argparse.Namespace, missed: list[str]) -> None:
     eager, threads = found["model, eager"], torch.get_num_threads()
     print(f"\n{arguments.model} {dtype}, 1 image, {threads} threads, {arguments.rounds} rounds\n")
     header = (*HEADER, "ms (quartiles)") if arguments.rounds else HEADER
-    print("\n".join(markdown(header, [row(name, r, eager) for name, r in found.items()])))
+    print(table(header, [row(name, r, eager) for name, r in found.items()]))
     library, regions = (found[name] for name in others)
     if arguments.model == "vit-b16":
         check(missed, "library: at most 126 kernels", library["kernels"] <= 126)

@@ -276,8 +276,7 @@ def _verdict(row: Row) -> str | None:
         if not item.explained:
             return (
                 f"token {item.token} of prompt {item.prompt} differs from stock's with a top-2 "
-                f"gap of {item.gap:.3g}, "
-                f"beyond the logit error {item.error:.3g}"
+                f"gap of {item.gap:.3g}, beyond the logit error {item.error:.3g}"
             )
     return None
 

@@ -9,16 +9,16 @@ from pathlib import Path
 
 import torch
 
+from hf_fusion.backends import BACKENDS, FUSIONS
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _LONG_NAMES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
-
-BACKENDS = ("auto", "cpu", "cuda", "reference")
 
 STOCK = "stock"
 COMPILED = "compiled"
 LADDER = ("none", "attention", "attention+up", "full")
 """Rungs that must rise in speed, in order."""
-RUNGS = (STOCK, "none", "decomposed", "attention", "attention+up", "full")
+RUNGS = (STOCK, *FUSIONS)
 """Every rung that needs no compiler at run time."""
 LABELS = {
     STOCK: "Full PyTorch",
@@ -26,7 +26,6 @@ LABELS = {
     "none": "none (wrapper only)",
     "decomposed": "decomposed attention",
 }
-
 
 MOST_THREADS = 4096
 MOST_SEED = 2**63 - 1

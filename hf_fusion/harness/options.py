@@ -6,6 +6,8 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
+from hf_fusion.backends import BACKENDS
+
 from . import (
     attention_study,
     contenders,
@@ -43,8 +45,8 @@ def add_ablate(
 ) -> None:
     """The options of an ablation or a sweep of two rungs; `rungs`: the default as help says it."""
     parser.description = (
-        "Times each rung beside stock in interleaved rounds. A rung without a verdict gets no time; "
-        "compiled is stock and needs none."
+        "Times each rung beside stock in interleaved rounds. A rung without a verdict gets no "
+        "time; compiled is stock and needs none."
     )
     _add_model(parser, model, "bf16")
     note = f"{_RUNGS}, {inputs.COMPILED} (default {rungs})"
@@ -190,7 +192,7 @@ def _add_model(parser: argparse.ArgumentParser, model: str, dtype: str) -> None:
 
 
 def _add_backend_and_seed(parser: argparse.ArgumentParser) -> None:
-    note = f"back end of the rungs: {', '.join(inputs.BACKENDS)} (default auto)"
+    note = f"back end of the rungs: {', '.join(BACKENDS)} (default auto)"
     parser.add_argument("--backend", default="auto", help=note)
     add_count(parser, "--seed", 0, "of random weights and prompts", **_SEED)
 

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hf_fusion.report import markdown_table
+
 from .inputs import STOCK, InputError, output_path, unwritable
 from .machine import describe
 from .plots import PICTURES, median_ms, picture
@@ -20,9 +22,7 @@ if TYPE_CHECKING:
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table."""
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
-    return "\n".join(lines)
+    return "\n".join(markdown_table(header, rows))
 
 
 def write(
@@ -225,8 +225,7 @@ def perplexity_markdown(result: PerplexityResult) -> str:
         failures.append(f"The window exceeds the model's {result.positions} positions.")
     title = (
         f"{result.model} ({result.source}), {result.dtype}, {result.corpus}: {result.windows} "
-        "windows of "
-        f"{result.window} tokens, {result.scored} tokens scored, the same for every row."
+        f"windows of {result.window} tokens, {result.scored} tokens scored, the same for every row."
     )
     lines = [title, "", table(header, body), "", *failures, describe(result.environment)]
     return "\n".join([*lines, command_line(result.environment)])
@@ -263,8 +262,8 @@ def _notes(result: AblationResult) -> list[str]:
             first = row.divergences[0]
             notes.append(
                 f"- {row.label} leaves stock's tokens first at token {first.token} of prompt "
-                f"{first.prompt}: "
-                f"top-2 gap {first.gap:.3g}, logit error {first.error:.3g} (rounding)"
+                f"{first.prompt}: top-2 gap {first.gap:.3g}, logit error {first.error:.3g} "
+                "(rounding)"
             )
     stream = result.stream_gbs
     floor = (
@@ -272,8 +271,7 @@ def _notes(result: AblationResult) -> list[str]:
         if stream is None
         else (
             f"read stream of 512 MB in the same rounds {stream.median:.1f} GB/s "
-            f"({stream.low:.1f}-{stream.high:.1f}), "
-            f"floor {result.stream_floor_ms:.2f} ms"
+            f"({stream.low:.1f}-{stream.high:.1f}), floor {result.stream_floor_ms:.2f} ms"
         )
     )
     parity = result.rows[0].parity
@@ -295,8 +293,7 @@ def _notes(result: AblationResult) -> list[str]:
         )
     notes.append(
         f"Stock's own largest logit error against higher precision: {parity.error:.3g}; limit for "
-        "a rung "
-        f"{parity.limit:g} times that."
+        f"a rung {parity.limit:g} times that."
     )
     return [*notes, describe(result.environment), command_line(result.environment)]
 

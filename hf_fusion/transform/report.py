@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import fx
 
-from ..report import table
+from ..report import markdown_table, table
 from .groups import FusionGroup
 
 
@@ -174,7 +174,7 @@ class FusionReport:
             "",
             "## Operators",
             "",
-            *markdown(("operator", "fused", "left", "why left"), rows),
+            *markdown_table(("operator", "fused", "left", "why left"), rows),
         ]
         refusals = Counter(
             (group.kind, name, why)
@@ -184,7 +184,7 @@ class FusionReport:
         if refusals:
             rows = [(*key, str(n)) for key, n in refusals.items()]
             parts += ["", "## Back ends that refused", ""]
-            parts += markdown(("group", "back end", "why", "groups"), rows)
+            parts += markdown_table(("group", "back end", "why", "groups"), rows)
         if self.measured:
             parts += ["", "## Measured", "", *self._measured_rows()]
         return "\n".join(parts) + "\n"
@@ -203,7 +203,7 @@ class FusionReport:
                 "-" if not seconds else
                 f"{1e3 * seconds[1]:.2f} ({1e3 * seconds[0]:.2f}-{1e3 * seconds[2]:.2f})",
             ))  # fmt: skip
-        return markdown(header, rows)
+        return markdown_table(header, rows)
 
     def __str__(self) -> str:
         rows = [
@@ -212,11 +212,3 @@ class FusionReport:
         return "\n".join(
             [self.summary_stats(), *table(("group", "kind", "pattern", "back end", "module"), rows)]
         )
-
-
-def markdown(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
-    """Lines of a Markdown table."""
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    return lines + [
-        "| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows
-    ]
