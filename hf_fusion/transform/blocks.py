@@ -25,8 +25,9 @@ from .rules import is_residual
 from .site import attribute
 
 _ACTIVATIONS = {"relu": Activation.RELU, "silu": Activation.SILU}
-# the views of nn.MultiheadAttention where queries, keys and values are one tensor: from q, k or v up
-# to what is one, from there to the projection, from the output projection down, from the mask up
+# The views of nn.MultiheadAttention where queries, keys and values are one tensor: from q, k or v
+# up to what is one, from there up to the projection, from the output projection down, from the mask
+# up.
 _SPLIT = ["reshape", "transpose", "reshape", "select"]
 _STACK = ["contiguous", "squeeze", "transpose", "unsqueeze", "unflatten"]
 _BATCH_FIRST = ["reshape", "transpose"]

@@ -25,7 +25,8 @@ input.tab{display:none}
 label.tab{display:inline-block;padding:4px 14px;border:1px solid #b8c3cf;cursor:pointer}
 .page{display:none;margin-top:10px}
 #tab-after:checked~#page-after,#tab-before:checked~#page-before{display:block}
-#tab-after:checked~label[for=tab-after],#tab-before:checked~label[for=tab-before]{background:#e6eef7}
+#tab-after:checked~label[for=tab-after]{background:#e6eef7}
+#tab-before:checked~label[for=tab-before]{background:#e6eef7}
 table{border-collapse:collapse;margin:10px 0}
 td,th{border:1px solid #d5dce4;padding:2px 9px;text-align:left}
 .key span{display:inline-block;padding:1px 8px;margin:0 6px 4px 0;border-radius:4px}

@@ -143,7 +143,9 @@ def join_residual(site: Site) -> None:
     site.inner.recompile()
 
 
-_BINARY = torch.ops.mkldnn._linear_pointwise.binary if torch.backends.mkldnn.is_available() else None
+_BINARY = None
+if torch.backends.mkldnn.is_available():
+    _BINARY = torch.ops.mkldnn._linear_pointwise.binary
 
 
 def _onednn(value: Tensor | None) -> bool:

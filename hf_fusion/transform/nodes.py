@@ -7,7 +7,6 @@ same names here. Views and questions about shapes are no work and are not counte
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
 
 import torch
 from torch import fx, nn
@@ -155,8 +154,3 @@ def exclusive_views_down(node: fx.Node) -> list[fx.Node]:
             break
         found.append(node)
     return found
-
-
-def kernels(nodes: Iterator[fx.Node] | list[fx.Node]) -> list[fx.Node]:
-    """Those of the nodes that are work."""
-    return [node for node in nodes if is_kernel(node)]

@@ -34,9 +34,11 @@ def rewrite(report: FusionReport, backends: tuple[str, ...] | None = None) -> fx
     partitions = [{nodes[node]: None for node in group.nodes} for group in report.subgraphs]
     fuse_by_partitions(outer, partitions, prefix=PREFIX)
     calls = {node.target: node for node in outer.graph.nodes if node.op == "call_module"}
+    groups = {f"{PREFIX}{i}": group for i, group in enumerate(report.subgraphs)}
     table = chosen(backends)
-    for index in sorted(range(len(report.subgraphs)), key=lambda i: _place(outer, calls, i)):
-        name, group = f"{PREFIX}{index}", report.subgraphs[index]
+    # producers before readers: whether memory may be reused depends on who made it
+    for name in [name for name in calls if name in groups]:
+        group = groups[name]
         inner = outer.get_submodule(name)
         inner.fresh_results = fresh_results(inner)
         site = Site(group, inner, calls[name], outer)
@@ -57,12 +59,6 @@ def rewrite(report: FusionReport, backends: tuple[str, ...] | None = None) -> fx
     lean = fx.GraphModule(outer, outer.graph, type(report.source).__name__)
     lean.meta = dict(report.source.meta)
     return lean.eval()
-
-
-def _place(outer: fx.GraphModule, calls: dict[str, fx.Node], index: int) -> int:
-    """Producers before readers: whether memory may be reused depends on who made it."""
-    order = {node: i for i, node in enumerate(outer.graph.nodes)}
-    return order[calls[f"{PREFIX}{index}"]]
 
 
 def _built(site: Site, group: FusionGroup, table: list[Backend]) -> nn.Module:

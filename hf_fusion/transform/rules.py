@@ -236,15 +236,11 @@ def elementwise(graph: fx.Graph, claims: Claims) -> Iterator[FusionGroup]:
             for node in list(region):
                 for near in node.users:
                     if near not in region and class_of(near) == POINTWISE and claims.free([near]):
-                        if all(n in region or _before(n, first) for n in near.all_input_nodes):
+                        if all(n in region or n < first for n in near.all_input_nodes):
                             region[near] = None
                             grown = True
         if len(region) > 1:
             yield FusionGroup(ELEMENTWISE, list(region), owner_of(first))
-
-
-def _before(node: fx.Node, other: fx.Node) -> bool:
-    return node < other
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,7 @@ class DecomposingTracer(fx.Tracer):
     def trace(self, root: nn.Module, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         """The graph of `root`; FusionError where it can be traced neither way."""
         if self.example_inputs is not None or hasattr(root, "main_input_name"):
-            captured = capture(root, self._examples(root, concrete_args), dynamic=self.dynamic)
+            captured = capture(root, self._examples(concrete_args), dynamic=self.dynamic)
             decompose(captured, self.level)
             self.decomposed_modules = list(captured.expected)
             self.root = captured.graph_module
@@ -90,7 +90,7 @@ class DecomposingTracer(fx.Tracer):
                 Reason.TRACING, f"{name} needs example_inputs, a symbolic trace fails: {error}"
             ) from error
 
-    def _examples(self, root: nn.Module, concrete_args: dict[str, Any] | None) -> Any:
+    def _examples(self, concrete_args: dict[str, Any] | None) -> Any:
         if not concrete_args:
             return self.example_inputs
         given = self.example_inputs
