@@ -294,9 +294,9 @@ class ModelBinding:
     def _frequencies_now(self) -> Any:
         """What tells whether the frequencies that the table was made from have changed.
 
-        Their values: a change in place shows in no pointer. On a device that would wait for all
-        work queued there; version and address are compared, which a write through `.data` passes
-        by.
+        Their values: a change in place shows in no pointer. On a device, reading them would wait
+        for all work queued there: version and address are compared, which a write through `.data`
+        leaves as they are.
         """
         now = self.frequencies
         if not self.backend.asynchronous:

@@ -40,10 +40,10 @@ __all__ = [
 
 
 class ModelParts(NamedTuple):
-    """Modules of a base model beside the inside of its layers.
+    """The parts of a base model: its layers as a whole, and what lies around them.
 
-    A decoder has all of the first five; of an encoder, `called` names the children that are run as
-    the modules they are.
+    A decoder has all of the first five. Of an encoder, `called` names the children that run as the
+    modules they are.
     """
 
     embedding: Any  # torch.nn.Embedding, weight (vocab, hidden)
