@@ -1,5 +1,6 @@
-"""Shared fixtures, and the summary that says per row of the reliability plan how often it was
-tried.
+"""Shared fixtures, and the summary at the end of a run: per row of reliability, how often it was
+tried. A row is one kind of promise, with a number and a name: those of ROWS, and of the tests'
+`reliability` markers.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""Ways in which programs change a model under a running patch. Each edit does the same to two models with one seed."""
+"""Ways in which programs change a model under a running patch. Each edit does the same to two
+models with one seed.
+"""
 
 from __future__ import annotations
 
@@ -272,8 +274,8 @@ def _adapter(model):
     import peft
 
     config = peft.LoraConfig(
-        r=4, lora_alpha=64, target_modules=["query_key_value", "dense_4h_to_h"], init_lora_weights=False,
-        layers_to_transform=[0], task_type="CAUSAL_LM",
+        r=4, lora_alpha=64, target_modules=["query_key_value", "dense_4h_to_h"],
+        init_lora_weights=False, layers_to_transform=[0], task_type="CAUSAL_LM",
     )  # fmt: skip
     return peft.get_peft_model(model, config)
 
@@ -298,7 +300,9 @@ def lora_merge_and_unload(model):
 
 @edit(Reason.MODULE_TYPE)
 def lora_unload(model):
-    """Adds, calls and takes off an adapter; the weights are then changed by hand, or nothing would show."""
+    """Adds, calls and takes off an adapter; the weights are then changed by hand, or nothing would
+    show.
+    """
     wrapped = _adapter(model).eval()
     with torch.no_grad():
         wrapped(tokens(1))

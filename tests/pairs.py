@@ -1,4 +1,6 @@
-"""Two models with the same weights, one patched and one stock, and when their answers count as the same."""
+"""Two models with the same weights, one patched and one stock, and when their answers count as the
+same.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,8 @@ from twins import HITS, REASONS, build
 
 import hf_fusion
 
-# relative L2 distance of two right answers; a test of an edit also asks that the edit moves the answer MOVED times that
+# relative L2 distance of two right answers; a test of an edit also asks that the edit moves the
+# answer MOVED times as far
 SAME = {torch.float64: 1e-12, torch.float32: 2e-5, torch.float16: 2e-2, torch.bfloat16: 1.2e-1}
 MOVED = 3.0
 RUNGS = ("decomposed", "attention", "attention+up", "full")
@@ -45,7 +48,9 @@ def tokens(
 
 @torch.no_grad()
 def answers(model, seed: int = 0, batch: int = 2) -> list[torch.Tensor]:
-    """Logits of a prompt of 20 (torch's GEMMs), of one token after it, and of 3 tokens alone (one native call each)."""
+    """Logits of a prompt of 20 (torch's GEMMs), of one token after it, and of 3 tokens alone (one
+    native call each).
+    """
     cache = DynamicCache(config=model.config)
     ids = tokens(seed, batch, 21)
     return [
@@ -102,7 +107,9 @@ def assert_same(got, want, what: str = "") -> None:
 
 
 def assert_moved(before: list, after: list, what: str) -> None:
-    """Fails unless an edit shows in every answer: a test with an edit that does nothing proves nothing."""
+    """Fails unless an edit shows in every answer: a test with an edit that does nothing proves
+    nothing.
+    """
     for one, two in zip(before, after, strict=True):
         assert distance(one, two) > MOVED * SAME[two.dtype], (
             f"{what}: the edit does not show in stock's own answer"

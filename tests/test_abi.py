@@ -106,17 +106,14 @@ def norm_call(rows=2, hidden=3):
         (ctypes.c_float * 6)(),
         (ctypes.c_float * 6)(),
     )
-    buffer = lambda array: native.Buffer(ctypes.addressof(array), ctypes.sizeof(array))  # noqa: E731
-    norm = native.Norm(buffer(weight), native.Buffer(), 1e-5, 0)
+
+    def buffer(array):
+        return native.Buffer(ctypes.addressof(array), ctypes.sizeof(array))
+
+    norm = native.Norm(buffer(weight), native.Buffer(), 1e-5, native.NORMS["layer"])
     io = native.sized(native.NormIo)
-    io.dtype, io.threads, io.rows, io.hidden, io.x, io.out = (
-        0,
-        1,
-        rows,
-        hidden,
-        buffer(x),
-        buffer(out),
-    )
+    io.dtype, io.threads, io.rows, io.hidden = native.F32, 1, rows, hidden
+    io.x, io.out = buffer(x), buffer(out)
     return norm, io, (weight, x, out)
 
 
@@ -177,12 +174,17 @@ def test_packed_bytes_are_zero_where_nothing_can_be_packed():
 
 
 def device_call(**changes):
-    """A call of a model of one layer on CUDA, as hff_workspace_bytes takes it; what it points into comes along."""
+    """A call of a model of one layer on CUDA, as hff_workspace_bytes takes it; what it points into
+    comes along.
+    """
     memory = (ctypes.c_char * 4096)()
     address = ctypes.addressof(memory)
     buffer = native.Buffer(address - address % 256 + 256, 2048)
     norm = native.Norm(buffer, native.Buffer(), 1e-5, 0)
-    linear = lambda rows: native.Linear(buffer, native.Buffer(), native.Buffer(), rows, 8, 8)  # noqa: E731
+
+    def linear(rows):
+        return native.Linear(buffer, native.Buffer(), native.Buffer(), rows, 8, 8)
+
     heads = native.Heads(1, 1, 8, 0, 1.0, 0)
     empty = native.Linear()
     block = native.Block(
@@ -200,7 +202,9 @@ def device_call(**changes):
 
 
 def on_device(call, model, buffer, length) -> int:
-    """Status of a forward whose length and hidden states lie at addresses that a host must not read."""
+    """Status of a forward whose length and hidden states lie at addresses that a host must not
+    read.
+    """
     cache, io = native.Cache(), native.sized(native.ModelIo)
     cache.keys = cache.values = buffer
     cache.batch_stride = cache.head_stride = cache.token_stride = cache.capacity = 8
@@ -214,9 +218,11 @@ def test_a_device_is_described_or_refused_with_the_reason():
     library, found = native.load(), native.sized(native.Device)
     describe = library.hff_describe_device
     assert describe(native.DEVICES["cuda"], 0, None) == native.INVALID
-    assert describe(7, 0, ctypes.byref(found)) == describe(-1, 0, ctypes.byref(found)) == native.INVALID
+    for device in (7, -1):
+        assert describe(device, 0, ctypes.byref(found)) == native.INVALID
     assert describe(native.DEVICES["cuda"], -1, ctypes.byref(found)) == native.INVALID
-    assert describe(native.DEVICES["cuda"], 0, ctypes.byref(native.Device(struct_size=8))) == native.INVALID
+    short = native.Device(struct_size=8)
+    assert describe(native.DEVICES["cuda"], 0, ctypes.byref(short)) == native.INVALID
     assert describe(native.DEVICES["cpu"], 0, ctypes.byref(found)) == native.UNSUPPORTED
     try:
         assert native.describe_device("cuda").arch >= 800
@@ -225,7 +231,8 @@ def test_a_device_is_described_or_refused_with_the_reason():
 
 
 def test_calls_on_a_device_are_checked_without_reading_it():
-    """Addresses of device memory lie where no host memory is: a read of one would end the process."""
+    """Addresses of device memory lie where no host memory is: a read of one would end the process.
+    """
     far = 1 << 46
     call, model, (_, _, buffer) = device_call()
     status = on_device(call, model, buffer, far)

@@ -1,4 +1,6 @@
-"""Models and inputs that no kernel takes: stock's result, or stock's error, and a counted reason; or a FusionError."""
+"""Models and inputs that no kernel takes: stock's result, or stock's error, and a counted reason;
+or a FusionError.
+"""
 
 from __future__ import annotations
 
@@ -101,7 +103,9 @@ def frozen_subclass(model):
 
 
 def wrong_shape(model):
-    """MLP up and down of another width are fine; a norm that broadcasts over one element is not what a block is."""
+    """MLP up and down of another width are fine; a norm that broadcasts over one element is not
+    what a block is.
+    """
     model.gpt_neox.layers[0].input_layernorm.weight = nn.Parameter(torch.ones(1))
 
 
@@ -125,7 +129,8 @@ MODELS = {
     "lora": (lambda m: EDITS["lora_add"].apply(m, 0), {Reason.MODULE_TYPE}),
     "no layers": (lambda m: setattr(m.gpt_neox, "layers", nn.ModuleList()), {Reason.STRUCTURE}),
     "layer missing": (lambda m: m.gpt_neox.layers.__delitem__(1), set()),
-    "extra child": (lambda m: m.gpt_neox.layers[0].add_module("more", nn.Identity()), {Reason.STRUCTURE}),
+    "extra child": (lambda m: m.gpt_neox.layers[0].add_module("more", nn.Identity()),
+                    {Reason.STRUCTURE}),
     "dynamic rope": (dynamic_rope, {Reason.ROPE}),
     "flex attention": (lambda m: setattr(m.config, "_attn_implementation_internal", "no_such"), {
         Reason.ATTENTION_IMPLEMENTATION}),
@@ -173,7 +178,8 @@ def test_a_model_that_no_kernel_takes(name, fusion, trials):
         counters = noted(model)
         seen = set(counters.refused) | set(counters.downgraded)
         assert seen <= {reason.value for reason in reasons}, f"{what}\n{counters}"
-        # what only the whole model shows, the layers do not; a child that no forward calls may be added later
+        # what only the whole model shows, the layers do not; a child that no forward calls may be
+        # added later
         assert seen or not reasons or fusion != "full" or what.startswith("extra child"), (
             f"{what}\n{counters}"
         )
@@ -203,29 +209,41 @@ def model_inputs(config) -> dict[str, tuple[dict, set]]:
         "both": ({"input_ids": ids, "inputs_embeds": noise}, {Reason.INPUT}),
         "token too large": ({"input_ids": ids + 99}, {Reason.OUT_OF_RANGE}),
         "token below zero": ({"input_ids": ids - 99}, {Reason.OUT_OF_RANGE}),
-        "token too large in a prefill": ({"input_ids": tokens(0, 2, 30) + 99}, {Reason.OUT_OF_RANGE}),
+        "token too large in a prefill": ({"input_ids": tokens(0, 2, 30) + 99},
+                                         {Reason.OUT_OF_RANGE}),
         "mask too short": ({"input_ids": ids, "attention_mask": ids[:, :4] * 0 + 1}, {Reason.MASK}),
         "mask too long": ({"input_ids": ids, "attention_mask": torch.ones(2, 9)}, set()),
-        "mask of other rows": ({"input_ids": ids, "attention_mask": torch.ones(3, 6)}, {Reason.MASK}),
-        "mask of one dimension": ({"input_ids": ids, "attention_mask": torch.ones(6)}, {Reason.MASK, Reason.INPUT}),
-        "mask of three dimensions": ({"input_ids": ids, "attention_mask": torch.ones(2, 6, 6)}, {Reason.INPUT}),
+        "mask of other rows": ({"input_ids": ids, "attention_mask": torch.ones(3, 6)},
+                               {Reason.MASK}),
+        "mask of one dimension": ({"input_ids": ids, "attention_mask": torch.ones(6)},
+                                  {Reason.MASK, Reason.INPUT}),
+        "mask of three dimensions": ({"input_ids": ids, "attention_mask": torch.ones(2, 6, 6)},
+                                     {Reason.INPUT}),
         "mask that looks ahead": ({"input_ids": ids, "attention_mask": later}, {Reason.MASK}),
         "mask a string": ({"input_ids": ids, "attention_mask": "ones"}, {Reason.TENSOR_TYPE}),
-        "positions too short": ({"input_ids": ids, "position_ids": torch.arange(4)[None]}, {Reason.POSITIONS}),
-        "positions below zero": ({"input_ids": ids, "position_ids": torch.arange(6)[None] - 3}, {Reason.POSITIONS}),
-        "positions of floats": ({"input_ids": ids, "position_ids": torch.arange(6.0)[None]}, {Reason.POSITIONS}),
-        "positions far out": ({"input_ids": ids, "position_ids": torch.arange(6)[None] + 5000}, set()),
+        "positions too short": ({"input_ids": ids, "position_ids": torch.arange(4)[None]},
+                                {Reason.POSITIONS}),
+        "positions below zero": ({"input_ids": ids, "position_ids": torch.arange(6)[None] - 3},
+                                 {Reason.POSITIONS}),
+        "positions of floats": ({"input_ids": ids, "position_ids": torch.arange(6.0)[None]},
+                                {Reason.POSITIONS}),
+        "positions far out": ({"input_ids": ids, "position_ids": torch.arange(6)[None] + 5000},
+                              set()),
         "packed positions": ({"input_ids": ids, "position_ids": torch.tensor([[0, 1, 2, 0, 1, 2]]),
                               "use_cache": False}, {Reason.PACKED}),
         "embeds too narrow": ({"inputs_embeds": noise[..., :8]}, {Reason.SHAPE}),
         "embeds in another dtype": ({"inputs_embeds": noise.double()}, {Reason.MIXED_DTYPE}),
         "nan embeds": ({"inputs_embeds": noise * float("nan")}, set()),
         "keep below zero": ({"input_ids": ids, "logits_to_keep": -2}, {Reason.ARGUMENT}),
-        "keep a tensor": ({"input_ids": ids, "logits_to_keep": torch.tensor([0, 2])}, {Reason.ARGUMENT}),
+        "keep a tensor": ({"input_ids": ids, "logits_to_keep": torch.tensor([0, 2])},
+                          {Reason.ARGUMENT}),
         "keep too many": ({"input_ids": ids, "logits_to_keep": 50}, set()),
-        "cache of another head size": ({"input_ids": ids, "past_key_values": full}, {Reason.CACHE_STATE}),
-        "cache of other rows": ({"input_ids": ids, "past_key_values": wrong_batch}, {Reason.CACHE_STATE}),
-        "cache a tuple": ({"input_ids": ids, "past_key_values": ((noise, noise),) * 2}, {Reason.CACHE_TYPE}),
+        "cache of another head size": ({"input_ids": ids, "past_key_values": full},
+                                       {Reason.CACHE_STATE}),
+        "cache of other rows": ({"input_ids": ids, "past_key_values": wrong_batch},
+                                {Reason.CACHE_STATE}),
+        "cache a tuple": ({"input_ids": ids, "past_key_values": ((noise, noise),) * 2},
+                          {Reason.CACHE_TYPE}),
         "cache a number": ({"input_ids": ids, "past_key_values": 5}, {Reason.CACHE_TYPE}),
         "unknown argument": ({"input_ids": ids, "no_such_argument": 1}, {Reason.ARGUMENT}),
         "a tuple asked for": ({"input_ids": ids, "return_dict": False}, {Reason.RETURN_TUPLE}),
@@ -233,7 +251,8 @@ def model_inputs(config) -> dict[str, tuple[dict, set]]:
         "labels of another shape": ({"input_ids": ids, "labels": ids[:, :2]}, {Reason.LABELS}),
         "sparse ids": ({"input_ids": ids.to_sparse()}, {Reason.INPUT}),
         "not causal": ({"input_ids": ids, "is_causal": False}, {Reason.NOT_CAUSAL}),
-        "cache position": ({"input_ids": ids, "past_key_values": cache(), "cache_position": torch.arange(3)},
+        "cache position": ({"input_ids": ids, "past_key_values": cache(),
+                            "cache_position": torch.arange(3)},
                            {Reason.POSITIONS, Reason.ARGUMENT}),
     }  # fmt: skip
 
@@ -268,7 +287,8 @@ def test_input_that_no_kernel_takes(fusion, trials):
         assert_same(answers(model), answers(stock), f"after {what}")
         assert counters.fused and not counters.refused, f"after {what}\n{counters}"
         trials()
-    # the first forward that asks for attentions leaves transformers' own hooks; nothing else may differ
+    # the first forward that asks for attentions leaves transformers' own hooks; nothing else may
+    # differ
     hf_fusion.unpatch(model)
     assert [s[:2] for s in picture(model) if isinstance(s[1], type)] == [
         s[:2] for s in before if isinstance(s[1], type)

@@ -1,4 +1,5 @@
-"""What a caller reads of a growing cache, keeps of it and writes into it is what stock makes of it."""
+"""What a caller reads of a growing cache, keeps of it and writes into it is what stock makes of it.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Several threads on one model, models side by side, patches that come and go meanwhile, and processes that fork."""
+"""Several threads on one model, models side by side, patches that come and go meanwhile, and
+processes that fork.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,8 @@ def scores(model, number: int) -> tuple[list, torch.Tensor]:
 
 
 def in_threads(jobs, meanwhile=lambda: None, width: int = 1) -> list:
-    """Results of `jobs`, each a list of calls for one thread of Python, which has `width` threads of torch.
+    """Results of `jobs`, each a list of calls for one thread of Python, which has `width` threads
+    of torch.
 
     A thread that is not done after 60 s is a failure.
     """
@@ -115,7 +118,9 @@ def test_threads_on_two_models(trials):
 
 @pytest.mark.reliability(20)
 def test_threads_while_patches_come_and_go(trials):
-    """A call under way ends with what it began with, fused or stock; the tokens are stock's in any case."""
+    """A call under way ends with what it began with, fused or stock; the tokens are stock's in any
+    case.
+    """
     model, stock = pair(3)
     want = [work(stock, n) for n in range(PROMPTS)]
     turns = [0]
@@ -204,7 +209,8 @@ if kind == "during":
         torch.set_num_threads(int(sys.argv[2]))
         while not stop.is_set():
             generate(model, 5, 4)
-            # binding runs operations of torch; with two threads those hang in the child of a fork, as all of torch does
+            # binding runs operations of torch; with two threads those hang in the child of a fork,
+            # as all of torch does
             if torch.get_num_threads() == 1: hf_fusion.patch(model)
     threads = [threading.Thread(target=busy, daemon=True) for _ in range(2)]
     for thread in threads: thread.start()
@@ -234,7 +240,9 @@ def run_script(source: str, *arguments) -> tuple[list, str]:
 @pytest.mark.parametrize("threads", (1, 2))
 @pytest.mark.parametrize("kind", ("after", "during"))
 def test_forks(kind, threads, trials):
-    """A child of a fork after use, and during calls of other threads, generates what its parent does."""
+    """A child of a fork after use, and during calls of other threads, generates what its parent
+    does.
+    """
     verdicts, traces = run_script(FORKS, kind, threads, 11)
     for number, verdict in enumerate(verdicts):
         assert verdict == "same", (

@@ -154,7 +154,9 @@ def test_draws_are_those_of_the_other_loop(native_calls, trials):
             got = generated(model, inputs, do_sample=True, **{"top_k": 0, **options})
             assert sum(native_calls) == NEW - 1 and not hf_fusion.stats(model).downgraded
             torch.manual_seed(3)
-            want = hf_fusion.generate(model, **inputs, max_new_tokens=NEW, do_sample=True, **options)
+            want = hf_fusion.generate(
+                model, **inputs, max_new_tokens=NEW, do_sample=True, **options
+            )
             assert torch.equal(got, want)
             greedy = generated(model, inputs, do_sample=True, top_k=1)
         assert torch.equal(greedy, generated(model, inputs))
@@ -176,7 +178,8 @@ WARPERS = TemperatureLogitsWarper(0.7), TopKLogitsWarper(9), TopPLogitsWarper(0.
     ],
 )
 def test_processors_are_not_lost(processors, native, native_calls):
-    """Those that the sampler does not apply, or applies in another order, are left to generate()."""
+    """Those that the sampler does not apply, or applies in another order, are left to generate().
+    """
     model, inputs = model_of(), prompt(1, 6, 23, False)
     options = {"do_sample": True, "top_k": 0, "logits_processor": LogitsProcessorList(processors)}
     torch.manual_seed(4)

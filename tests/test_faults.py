@@ -1,4 +1,6 @@
-"""Failures in the middle: of an allocation, of user code, of the user's patience. The next result is right."""
+"""Failures in the middle: of an allocation, of user code, of the user's patience. The next result
+is right.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ RUNGS = ("attention", "attention+up", "full")
 
 
 def scene(fusion: str, backend: str, queries: int):
-    """A model with a warm cache of 6 tokens that has to grow, its twin with the same, and the next tokens."""
+    """A model with a warm cache of 6 tokens that has to grow, its twin with the same, and the next
+    tokens.
+    """
     model, stock = pair(1, fusion, backend=backend)
     caches = [DynamicCache(config=model.config) for _ in range(2)]
     with torch.no_grad():
@@ -47,7 +51,9 @@ def lengths(cache) -> set[int]:
 
 
 def assert_recovered(model, stock, caches, ids, whole: bool, what: str) -> None:
-    """The interrupted call may be made again if nothing of it is in the cache, or counts as made if all of it is."""
+    """The interrupted call may be made again if nothing of it is in the cache, or counts as made if
+    all of it is.
+    """
     held = lengths(caches[0])
     assert held <= {6, 6 + ids.shape[1]}, f"{what}: the cache holds {held} tokens"
     if whole:
@@ -147,10 +153,12 @@ def test_every_native_call_fails_once(fusion, status, monkeypatch, trials):
 
 
 class Interrupt:
-    """A profile function that raises KeyboardInterrupt the k-th time that a signal could be handled in the package.
+    """A profile function that raises KeyboardInterrupt the k-th time that a signal could be handled
+    in the package.
 
-    The interpreter looks for signals where a function begins and after a call of a C function has returned. Generators
-    are left out: what is raised while an abandoned one closes goes nowhere, in any program.
+    The interpreter looks for signals where a function begins and after a call of a C function has
+    returned. Generators are left out: what is raised while an abandoned one closes goes nowhere, in
+    any program.
     """
 
     def __init__(self, k: int):
@@ -173,7 +181,9 @@ class Interrupt:
 @pytest.mark.parametrize("state", ("first call", "bound"))
 @pytest.mark.parametrize("fusion", ("attention", "full"))
 def test_an_interrupt_at_every_point(fusion, state, trials):
-    """Where signals come at random, this comes everywhere in a bound step, elsewhere at every n-th point."""
+    """Where signals come at random, this comes everywhere in a bound step, elsewhere at every n-th
+    point.
+    """
     stride = {("full", "bound"): 1, ("attention", "bound"): 5}.get((fusion, state), 31)
     for queries in (1, 20):
         k = 1
@@ -300,7 +310,8 @@ import torch
 from pairs import generate, pair
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job inherits it ignored
 model, stock = pair(3, sys.argv[1], "fp32", "cpu", num_hidden_layers=4)
-work = {"decode": lambda: generate(model, 1, 60), "prefill": lambda: generate(model, 1, 1, batch=4, length=600)}
+work = {"decode": lambda: generate(model, 1, 60),
+        "prefill": lambda: generate(model, 1, 1, batch=4, length=600)}
 want = [generate(stock, 2, 8), generate(stock, 2, 2, length=40)]
 for kind in sys.stdin:
     try:
@@ -317,7 +328,9 @@ for kind in sys.stdin:
 @pytest.mark.reliability(19)
 @pytest.mark.parametrize(("fusion", "count"), (("full", 70), ("attention", 30)))
 def test_sigint_at_random_times(fusion, count, trials):
-    """A child generates; SIGINT comes 0 to 30 ms later; the child says how the next result compares."""
+    """A child generates; SIGINT comes 0 to 30 ms later; the child says how the next result
+    compares.
+    """
     import random
 
     draw = random.Random(19)

@@ -1,4 +1,6 @@
-"""The state of the process and of the libraries in it is the same before and after import, patch, call and unpatch."""
+"""The state of the process and of the libraries in it is the same before and after import, patch,
+call and unpatch.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,8 @@ HERE = Path(__file__).parent
 
 # Runs in a process of its own: the first import of hf_fusion is one of the things to look at.
 SCRIPT = """
-import ctypes, gc, json, locale, logging, os, platform, random, resource, signal, sys, threading, warnings
+import ctypes, gc, json, locale, logging, os, platform, random, resource, signal, sys, threading
+import warnings
 import numpy, torch, transformers, accelerate
 import transformers.models.gpt_neox.modeling_gpt_neox as modeling
 import transformers.modeling_utils, transformers.cache_utils, transformers.masking_utils
@@ -23,12 +26,15 @@ import torch.nn.functional, torch.overrides, torch.utils._device
 
 MODULES = [torch, torch.nn.functional, torch.nn.modules.module, torch.nn.modules.linear, modeling,
            transformers.modeling_utils, transformers.cache_utils, transformers.masking_utils,
-           transformers.generation.utils, transformers.activations, transformers.utils.output_capturing]
-CLASSES = list({id(c): c for m in MODULES for c in vars(m).values() if isinstance(c, type)}.values())
+           transformers.generation.utils, transformers.activations,
+           transformers.utils.output_capturing]
+FOUND = [value for module in MODULES for value in vars(module).values()]
+CLASSES = list({id(c): c for c in FOUND if isinstance(c, type)}.values())
 libc = ctypes.CDLL(None)
 
 def float_mode():
-    # fenv_t of glibc on x86-64: the x87 environment of 28 bytes, then MXCSR; its low six bits are sticky flags
+    # fenv_t of glibc on x86-64: the x87 environment of 28 bytes, then MXCSR; its low six bits are
+    # sticky flags
     if platform.machine() != "x86_64" or sys.platform != "linux":
         return 5e-324 / 1 > 0, 1 / 3
     environment = (ctypes.c_uint8 * 64)()
@@ -44,7 +50,8 @@ def signals():
     return masks, {s: repr(signal.getsignal(s)) for s in signal.valid_signals()}
 
 def contents(namespace):
-    return {k: id(v) for k, v in namespace.items() if k not in ("__annotations__", "__warningregistry__")}
+    passing = "__annotations__", "__warningregistry__"
+    return {k: id(v) for k, v in namespace.items() if k not in passing}
 
 def state():
     return {
@@ -53,30 +60,34 @@ def state():
         "signals": signals(),
         "environment": dict(os.environ),
         "getenv": [ctypes.string_at(libc_getenv(n)) if libc_getenv(n) else None
-                   for n in (b"OMP_NUM_THREADS", b"LD_LIBRARY_PATH", b"KMP_AFFINITY", b"HF_FUSION_ISA")],
+                   for n in (b"OMP_NUM_THREADS", b"LD_LIBRARY_PATH", b"KMP_AFFINITY",
+                             b"HF_FUSION_ISA")],
         "threads": (torch.get_num_threads(), torch.get_num_interop_threads()),
         "python threads": len(threading.enumerate()),
         "affinity": sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
-        "limits": [resource.getrlimit(getattr(resource, n)) for n in dir(resource) if n.startswith("RLIMIT_")],
+        "limits": [resource.getrlimit(getattr(resource, n)) for n in dir(resource)
+                   if n.startswith("RLIMIT_")],
         "random": hash((random.getstate(), torch.get_rng_state().numpy().tobytes(),
                         numpy.random.get_state()[1].tobytes())),
-        "torch": (torch.get_default_dtype(), str(torch.get_default_device()), torch.is_grad_enabled(),
-                  torch.is_inference_mode_enabled(), torch.are_deterministic_algorithms_enabled(),
+        "torch": (torch.get_default_dtype(), str(torch.get_default_device()),
+                  torch.is_grad_enabled(), torch.is_inference_mode_enabled(),
+                  torch.are_deterministic_algorithms_enabled(),
                   torch.get_float32_matmul_precision(), torch.is_autocast_enabled("cpu"),
                   torch.backends.mkldnn.enabled, torch._C._get_flash_sdp_enabled(),
                   torch._C._len_torch_function_stack(), torch._C._len_torch_dispatch_stack()),
         "hooks": [len(d) for d in (torch.nn.modules.module._global_forward_hooks,
                                    torch.nn.modules.module._global_forward_pre_hooks,
                                    torch.nn.modules.module._global_backward_hooks)],
-        "attention functions": {k: id(v) for k, v in
-                                transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS._global_mapping.items()},
+        "attention functions": contents(
+            transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS._global_mapping),
         "cache types": contents(getattr(transformers.cache_utils, "LAYER_TYPE_CACHE_MAPPING", {})),
         "modules": {m.__name__: contents(vars(m)) for m in MODULES},
         "classes": {f"{c.__module__}.{c.__qualname__}": contents(vars(c)) for c in CLASSES},
-        "interpreter": (sys.getswitchinterval(), sys.getrecursionlimit(), sys.gettrace(), sys.getprofile(),
-                        sys.excepthook is sys.__excepthook__, gc.get_threshold(), gc.isenabled(),
-                        [repr(f) for f in sys.meta_path], list(sys.path), os.getcwd(),
-                        locale.setlocale(locale.LC_ALL), logging.root.level, len(logging.root.handlers)),
+        "interpreter": (sys.getswitchinterval(), sys.getrecursionlimit(), sys.gettrace(),
+                        sys.getprofile(), sys.excepthook is sys.__excepthook__,
+                        gc.get_threshold(), gc.isenabled(), [repr(f) for f in sys.meta_path],
+                        list(sys.path), os.getcwd(), locale.setlocale(locale.LC_ALL),
+                        logging.root.level, len(logging.root.handlers)),
         "warnings": [str(f) for f in warnings.filters],
         "verbosity": transformers.utils.logging.get_verbosity(),
     }
@@ -92,7 +103,8 @@ libc_getenv.restype, libc_getenv.argtypes = ctypes.c_void_p, [ctypes.c_char_p]
 
 def changed(before, after, path=""):
     if isinstance(before, dict) and isinstance(after, dict):
-        return [x for k in {**before, **after} for x in changed(before.get(k), after.get(k), f"{path}/{k}")]
+        return [x for k in {**before, **after}
+                for x in changed(before.get(k), after.get(k), f"{path}/{k}")]
     return [] if before == after else [f"{path}: {before!r:.200} -> {after!r:.200}"]
 
 torch.set_num_threads(int(sys.argv[2]))
@@ -140,7 +152,8 @@ print(json.dumps(found))
 @pytest.mark.reliability(24, "host and model state")
 @pytest.mark.parametrize(("mode", "threads"), (("default", 2), ("flush", 1)))
 def test_the_process_is_left_as_it_was_found(mode, threads, trials):
-    """`flush`: the same where the host lets denormals be flushed to zero, which is then its wish."""
+    """`flush`: the same where the host lets denormals be flushed to zero, which is then its wish.
+    """
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", SCRIPT, mode, str(threads)],
         cwd=HERE,

@@ -1,4 +1,6 @@
-"""A patched model that is moved, cast, copied and edited answers as stock does with the very next call."""
+"""A patched model that is moved, cast, copied and edited answers as stock does with the very next
+call.
+"""
 
 from __future__ import annotations
 

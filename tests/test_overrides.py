@@ -337,7 +337,8 @@ def test_custom_generate_leaves_other_calls_to_generate():
     assert torch.equal(got, want)
     assert hf_fusion.stats(model).downgraded == {str(Reason.ARGUMENT): 1}
     del model.prepare_inputs_for_generation
-    assert type(model).prepare_inputs_for_generation is GenerationMixin.prepare_inputs_for_generation
+    own = GenerationMixin.prepare_inputs_for_generation
+    assert type(model).prepare_inputs_for_generation is own
 
 
 def test_positions_of_the_new_tokens_alone_are_generates_to_read():

@@ -1,4 +1,6 @@
-"""patch and unpatch: what they leave behind, what they refuse, and what a patched model still is to the outside."""
+"""patch and unpatch: what they leave behind, what they refuse, and what a patched model still is to
+the outside.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ pytestmark = [
 
 
 def picture(model: nn.Module) -> list:
-    """Class and every attribute, in order and by identity, of every module, with the contents of its containers."""
+    """Class and every attribute, in order and by identity, of every module, with the contents of
+    its containers.
+    """
     seen = []
     for name, module in model.named_modules():
         namespace = vars(module)
@@ -223,8 +227,9 @@ def test_a_pickled_model_comes_back_unpatched_and_says_so(fusion):
 
 @pytest.mark.parametrize("fusion", RUNGS)
 def test_hooks_of_users_run_as_in_stock(fusion, trials):
-    places = ("", "gpt_neox", "gpt_neox.layers.1", "gpt_neox.layers.0.mlp", "gpt_neox.layers.1.attention.dense",
-              "gpt_neox.embed_in", "gpt_neox.final_layer_norm", "lm_head")  # fmt: skip
+    places = ("", "gpt_neox", "gpt_neox.layers.1", "gpt_neox.layers.0.mlp",
+              "gpt_neox.layers.1.attention.dense", "gpt_neox.embed_in",
+              "gpt_neox.final_layer_norm", "lm_head")  # fmt: skip
     for place in places:
         for kind in ("register_forward_hook", "register_forward_pre_hook"):
             models, calls = pair(7, fusion), ([], [])

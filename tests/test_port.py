@@ -1,4 +1,6 @@
-"""Kernels on host fibers: right ones give the same bits under every seed, faults are found; and the CUDA back end compiles."""
+"""Kernels on host fibers: right ones give the same bits under every seed, faults are found; and the
+CUDA back end compiles.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,9 @@ INSTRUCTIONS = (
 
 @pytest.mark.reliability(16, "determinism")
 def test_kernels_on_fibers(port_cases, trials, capsys):
-    """Each case is a kernel under 1,000 seeds, or a fault that is found within them; the list is printed."""
+    """Each case is a kernel under 1,000 seeds, or a fault that is found within them; the list is
+    printed.
+    """
     done = subprocess.run([port_cases], capture_output=True, text=True, timeout=600)
     with capsys.disabled():
         print("\n" + done.stdout[-40000:])

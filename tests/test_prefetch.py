@@ -1,4 +1,6 @@
-"""How row kernels ask for weights: a process finds it out over large weights, and no number depends on it."""
+"""How row kernels ask for weights: a process finds it out over large weights, and no number depends
+on it.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +13,8 @@ from hf_fusion import native
 
 # hidden 512 x vocabulary 50304 in bf16 are 51 MB; the tiny vocabulary leaves the choice open.
 SCRIPT = """
+from functools import partial
+
 import torch
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
@@ -20,18 +24,20 @@ from hf_fusion import native
 
 def decode(vocab, tokens, native_steps):
     torch.manual_seed(0)
-    config = GPTNeoXConfig(vocab_size=vocab, hidden_size=512, num_hidden_layers=1, num_attention_heads=8,
-                           intermediate_size=64, max_position_embeddings=512, eos_token_id=None)
+    config = GPTNeoXConfig(vocab_size=vocab, hidden_size=512, num_hidden_layers=1,
+                           num_attention_heads=8, intermediate_size=64,
+                           max_position_embeddings=512, eos_token_id=None)
     model = GPTNeoXForCausalLM(config).to(torch.bfloat16).eval()
     hf_fusion.patch(model)
-    generate = (lambda *a, **k: hf_fusion.generate(model, *a, **k)) if native_steps else model.generate
+    generate = partial(hf_fusion.generate, model) if native_steps else model.generate
     return generate(torch.arange(8)[None], max_new_tokens=tokens, do_sample=False)[0].tolist()
 
 
 decode(1024, 140, True)
 print(native.prefetch(native.BF16))
 first = decode(50304, 270, {native_steps})
-print(native.prefetch(native.BF16), native.prefetch(native.BF16, 2), native.prefetch(native.F32), sep=", ")
+kinds = (native.BF16, 1), (native.BF16, 2), (native.F32, 1)
+print(*(native.prefetch(*kind) for kind in kinds), sep=", ")
 print(decode(50304, 270, {native_steps}) == first)
 """
 
@@ -39,8 +45,10 @@ print(decode(50304, 270, {native_steps}) == first)
 @pytest.mark.parametrize("native_steps", [False, True], ids=["generate", "own loop"])
 def test_the_first_tokens_over_large_weights_find_it_out(native_steps):
     script = SCRIPT.format(native_steps=native_steps)
-    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
-    before, found, same = run.stdout.splitlines()[-3:] if run.returncode == 0 else pytest.fail(run.stderr)
+    command = [sys.executable, "-c", script]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    before, found, same = run.stdout.splitlines()[-3:]
     assert before == "None"
     # another number of rows, another dtype: open
     assert found in [f"{kept}, None, None" for kept in native.PREFETCHES]

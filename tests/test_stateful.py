@@ -1,6 +1,8 @@
-"""Programs of up to 20 steps on a patched model and its unpatched twin; after every step both say the same.
+"""Programs of up to 20 steps on a patched model and its unpatched twin; after every step both say
+the same.
 
-A program is a list of (step, seed) drawn from a seed. A failing one is shrunk by leaving steps out, and printed.
+A program is a list of (step, seed) drawn from a seed. A failing one is shrunk by leaving steps out,
+and printed.
 """
 
 from __future__ import annotations
@@ -24,11 +26,13 @@ from hf_fusion.backends import FUSIONS
 
 PROGRAMS, CHUNKS, LENGTH = 300, 10, 20
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# edits that leave a plain GPTNeoXForCausalLM of the same vocabulary, so that any other step may follow
+# edits that leave a plain GPTNeoXForCausalLM of the same vocabulary, so that any other step may
+# follow
 SAFE = (
-    "copy_", "add_", "data_write", "data_assign", "data_assign_bias", "vector", "swap_tensors", "load", "load_assign",
-    "parameter_assign", "tie", "swap_module", "swap_layers", "norm_eps", "attention_scale", "residual",
-    "activation", "no_bias", "frequencies", "optimizer_foreach", "pruned_for_good", "lora_merge_and_unload",
+    "copy_", "add_", "data_write", "data_assign", "data_assign_bias", "vector", "swap_tensors",
+    "load", "load_assign", "parameter_assign", "tie", "swap_module", "swap_layers", "norm_eps",
+    "attention_scale", "residual", "activation", "no_bias", "frequencies", "optimizer_foreach",
+    "pruned_for_good", "lora_merge_and_unload",
 )  # fmt: skip
 STEPS: dict = {}
 
@@ -38,7 +42,9 @@ class Mismatch(Exception):
 
 
 class World:
-    """A model with its cache, its batch rows and the hooks set so far. `fused` is the patched one of the two."""
+    """A model with its cache, its batch rows and the hooks set so far. `fused` is the patched one
+    of the two.
+    """
 
     def __init__(self, model, fused: bool):
         self.model, self.fused = model, fused
@@ -60,7 +66,8 @@ class World:
 
 
 def step(weight: int = 1):
-    """Registers a step, drawn in proportion to `weight`. It gets a World and a Random of its own."""
+    """Registers a step, drawn in proportion to `weight`. It gets a World and a Random of its own.
+    """
 
     def register(function):
         STEPS[function.__name__] = (function, weight)
@@ -375,7 +382,8 @@ def test_programs(chunk, one_thread, trials):
         if failure:
             least = shrink(seed, steps)
             pytest.fail(
-                f"program {seed}: {failure}\nshrunk to {run(seed, least)[0]}\n{[tuple(s) for s in least]}"
+                f"program {seed}: {failure}\nshrunk to {run(seed, least)[0]}\n"
+                f"{[tuple(s) for s in least]}"
             )
         fused += hits > 0
         trials()

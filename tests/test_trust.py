@@ -1,7 +1,9 @@
-"""Which library the package loads: its own, unaltered, and nothing a folder, a variable or a link offers instead.
+"""Which library the package loads: its own, unaltered, and nothing a folder, a variable or a link
+offers instead.
 
-Each case copies the package and its library aside, tampers with the copy and runs it in a fresh child process:
-the library is refused with a reason and the model runs stock, or the decoy is never opened.
+Each case copies the package and its library aside, tampers with the copy and runs it in a fresh
+child process: the library is refused with a reason and the model runs stock, or the decoy is never
+opened.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ from hf_fusion import native
 
 pytestmark = pytest.mark.reliability(28, "loader and trust")
 
-# Imports torch and transformers once, then forks for every case it reads: {"site", "cwd", "environment", "load_only"}.
+# Imports torch and transformers once, then forks for every case it reads: {"site", "cwd",
+# "environment", "load_only"}.
 SERVER = """
 import json, os, sys
 import torch
@@ -40,8 +43,8 @@ def run(case):
     from hf_fusion import native
     result = {"package": list(hf_fusion.__path__)[0]}
     if not case["load_only"]:
-        config = GPTNeoXConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
-                               vocab_size=40, max_position_embeddings=64)
+        config = GPTNeoXConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+                               intermediate_size=64, vocab_size=40, max_position_embeddings=64)
         torch.manual_seed(0)
         model = GPTNeoXForCausalLM(config).eval()
         ids = torch.tensor([[1, 2, 3]])
@@ -53,7 +56,8 @@ def run(case):
                    "reason": report.reason.name if report.reason else None}
     result["error"] = load(native)
     maps = open("/proc/self/maps").read() if os.path.exists("/proc/self/maps") else ""
-    result["loaded"] = sorted({line.split()[-1] for line in maps.splitlines() if "libhf_fusion" in line})
+    loaded = (line for line in maps.splitlines() if "libhf_fusion" in line)
+    result["loaded"] = sorted({line.split()[-1] for line in loaded})
     return result
 
 
@@ -62,7 +66,8 @@ for line in sys.stdin:
     child = os.fork()
     if child == 0:
         # an editable install answers for hf_fusion before sys.path does
-        sys.meta_path[:] = [finder for finder in sys.meta_path if "ScikitBuild" not in type(finder).__name__]
+        sys.meta_path[:] = [finder for finder in sys.meta_path
+                            if "ScikitBuild" not in type(finder).__name__]
         sys.path.insert(0, case["site"])
         os.chdir(case["cwd"])
         os.environ.update(case["environment"])
@@ -129,7 +134,9 @@ class Server:
     def run(
         self, package: Path, cwd: Path | None = None, load_only: bool = False, **environment: str
     ) -> dict:
-        """The outcome of patch() and generate() with this copy of the package, or of loading the library alone."""
+        """The outcome of patch() and generate() with this copy of the package, or of loading the
+        library alone.
+        """
         case = {
             "site": str(package.parent),
             "cwd": str(cwd or package.parent),
@@ -238,7 +245,8 @@ def test_another_abi_is_refused(server, package):
 
 def test_other_struct_sizes_are_refused(server, package):
     functions = "\n".join(f"int {name}(void) {{ return 0; }}" for name in ENTRIES)
-    build_decoy(library(package), DECOY.replace("return 99", f"return {native.ABI_VERSION}") + functions)
+    decoy = DECOY.replace("return 99", f"return {native.ABI_VERSION}")
+    build_decoy(library(package), decoy + functions)
     refused(server.run(package), "of 1 bytes, expected")
 
 
