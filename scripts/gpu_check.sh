@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# On a machine with an NVIDIA GPU, nvcc and a Python with torch for CUDA and transformers: builds the
-# kernels for that GPU, measures the read stream, checks parity on every Pythia shape up to 2.8b, times
-# decode against stock, and runs small steps under compute-sanitizer. Writes benchmarks/gpu.json and
-# benchmarks/gpu.md, and prints a short table last. Each part has a time limit; all together end
-# within 9 minutes. Exit status: 0 all passed, 1 something failed or was cut off, 2 no GPU.
+# On a machine with an NVIDIA GPU, nvcc and a Python with torch for CUDA and transformers: builds
+# the kernels for that GPU, measures the read stream, checks parity on every Pythia shape up to
+# 2.8b, times decode against stock, and runs small steps under compute-sanitizer. Writes
+# benchmarks/gpu.json and benchmarks/gpu.md, and prints a short table last. Each part has a time
+# limit; all together end within 9 minutes. Exit status: 0 all passed, 1 something failed or was cut
+# off, 2 no GPU.
 # Environment: PYTHON (python3), BUILD (build/gpu).
 set -uo pipefail
 if (($#)); then
@@ -107,7 +108,8 @@ sanitize() {
              \"passed\": $([[ $outcome == passed ]] && echo true || echo false)}")
   done
   local IFS=,
-  echo "{\"part\": \"sanitizer\", \"complete\": true, \"rows\": [${rows[*]}]}" >"$parts/sanitizer.json"
+  echo "{\"part\": \"sanitizer\", \"complete\": true, \"rows\": [${rows[*]}]}" \
+    >"$parts/sanitizer.json"
 }
 
 # A kernel that traps, or never ends, takes its process along: where one does, each rung has a
