@@ -62,8 +62,8 @@ def check_parameter(
         )
 
 
-def _check_tensors(tensors: BlockTensors, shapes: BlockTensors) -> tuple:
-    """The dtype and the device that all tensors share."""
+def _dtype_and_device(tensors: BlockTensors, shapes: BlockTensors) -> tuple:
+    """What all tensors share; FusionError where one differs, or has another shape."""
     dtype = device = None
     for name, tensor, shape in zip(BlockTensors._fields, tensors, shapes, strict=True):
         if shape is not None and (tensor is not None or name.endswith("weight")):
@@ -110,7 +110,7 @@ class LayerBinding:
         self.tensors = family.tensors(layer)
         self.backend = backend
         self.hidden = self.spec.hidden
-        self.dtype, self.device = _check_tensors(self.tensors, tensor_shapes(self.spec))
+        self.dtype, self.device = _dtype_and_device(self.tensors, tensor_shapes(self.spec))
         backend.check_device(self.device)
         self.cache_index = family.cache_index(layer) if family.cache_index is not None else 0
         if type(self.cache_index) is not int or self.cache_index < 0:
