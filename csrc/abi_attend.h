@@ -53,9 +53,7 @@ inline hff_status check_attend_mask(const hff_attend_io& io) {
   HFF_REQUIRE(m.kind >= HFF_MASK_NONE && m.kind <= HFF_MASK_ADDITIVE, "mask kind %d is unknown",
               m.kind);
   HFF_REQUIRE(m.keys >= io.keys, "mask covers %lld keys of %lld", shown(m.keys), shown(io.keys));
-  const int64_t size = m.kind == HFF_MASK_BOOL    ? 1
-                       : m.kind == HFF_MASK_INT64 ? 8
-                                                  : element_bytes(io.dtype);
+  const int64_t size = mask_element_bytes(m.kind, element_bytes(io.dtype));
   return check_buffer(
       m.data,
       last_offset(io.batch, m.batch_stride) + last_offset(io.heads, io.mask_head_stride) +

@@ -19,9 +19,7 @@ inline hff_status check_mask(const hff_mask& m, const hff_call& call, int64_t ke
               m.kind);
   HFF_REQUIRE(m.keys >= keys, "mask covers %lld keys, the cache holds %lld after this call",
               shown(m.keys), shown(keys));
-  const int64_t size = m.kind == HFF_MASK_BOOL    ? 1
-                       : m.kind == HFF_MASK_INT64 ? 8
-                                                  : element_bytes(call.dtype);
+  const int64_t size = mask_element_bytes(m.kind, element_bytes(call.dtype));
   return check_buffer(m.data,
                       last_offset(call.batch, m.batch_stride) +
                           last_offset(call.queries, m.query_stride) +
@@ -29,8 +27,8 @@ inline hff_status check_mask(const hff_mask& m, const hff_call& call, int64_t ke
                       size, "mask");
 }
 
-// Every position lies in the table, and so do the `further` after it: positions become addresses. On
-// a device they may be null.
+// Every position lies in the table, and so do the `further` after it: positions become addresses.
+// On a device they may be null.
 inline hff_status check_positions(const hff_call& call, int64_t rotary_dim, int64_t further = 0) {
   if (rotary_dim == 0) return HFF_OK;
   const int64_t size = element_bytes(call.dtype);

@@ -1,5 +1,5 @@
 // The only place where sizes and strides are multiplied or added on the way to an address bound.
-// A Bytes value is poisoned by overflow or a negative term and then fits no buffer.
+// A Size is poisoned by overflow or a negative term and then fits no buffer.
 #pragma once
 
 #include <cstdint>
@@ -43,6 +43,11 @@ HFF_ALWAYS_INLINE Size last_offset(int64_t extent, int64_t stride) {
 }
 
 HFF_ALWAYS_INLINE int64_t element_bytes(int32_t dtype) { return dtype == HFF_F32 ? 4 : 2; }
+
+// Bytes of an element of a mask of this kind; `additive`: of one in the dtype of the call.
+HFF_ALWAYS_INLINE int64_t mask_element_bytes(int32_t kind, int64_t additive) {
+  return kind == HFF_MASK_BOOL ? 1 : kind == HFF_MASK_INT64 ? 8 : additive;
+}
 
 // Scratch is carved from one block: each piece starts on a cache line.
 HFF_ALWAYS_INLINE Size padded(Size bytes) {

@@ -53,9 +53,7 @@ struct Attend {
   // The mask of head h alone.
   hff_mask mask_of(int64_t h) const {
     hff_mask mask = io.mask;
-    const int64_t size = mask.kind == HFF_MASK_BOOL    ? 1
-                         : mask.kind == HFF_MASK_INT64 ? 8
-                                                       : static_cast<int64_t>(sizeof(T));
+    const int64_t size = mask_element_bytes(mask.kind, sizeof(T));
     mask.data.data = static_cast<const char*>(mask.data.data) + h * io.mask_head_stride * size;
     return mask;
   }

@@ -5,14 +5,14 @@
 //   post-norm:  a = norm1(x + attn(x)); y = norm2(a + mlp(a))
 //     phases norm | { qkv | append | attend | o } | norm | { up | down | } norm
 // x: (rows, hidden) fp32 in scratch for all layers of a call; o and down add to it. qkv: (rows,
-//   width), model dtype, as hff_heads lays it out; queries, and without a cache keys and values, are
-//   read, and rotated, where they lie.
+//   width), model dtype, as hff_heads lays it out; queries, and without a cache keys and values,
+//   are read, and rotated, where they lie.
 // Slices: what is in braces runs for some heads, then the next, and for some of the MLP's width:
 //   little of qkv and act is in memory at once, and it stays in L2. The cut depends on the layer
 //   alone, so no bit depends on threads, or on the other rows of the call.
 // Work split: rows for norms, units of gemm-inl.h for products, blocks of queries for attention;
-//   a barrier per `|`, none from o to the next slice's qkv. Append is left out where there is neither
-//   cache nor RoPE.
+//   a barrier per `|`, none from o to the next slice's qkv. Append is left out where there is
+//   neither cache nor RoPE.
 // Rounding to the model dtype: after each norm, q, k and v, after RoPE, after attention (within it
 //   as attend-inl.h says), after the activation and at the outputs; everything else is fp32.
 // Order of sums: each product as in gemm-inl.h, the slices of o and down in order onto x.
@@ -203,9 +203,7 @@ struct GemmPass {
     io.v.data = static_cast<const T*>(attention.cache.values.data) + at;
     io.k_strides = io.v_strides = {0, attention.cache.head_stride, attention.cache.token_stride};
     io.mask = call.mask;
-    const int64_t size = io.mask.kind == HFF_MASK_BOOL    ? 1
-                         : io.mask.kind == HFF_MASK_INT64 ? 8
-                                                          : int64_t{sizeof(T)};
+    const int64_t size = mask_element_bytes(io.mask.kind, sizeof(T));
     if (io.mask.kind != HFF_MASK_NONE) {
       io.mask.data.data =
           static_cast<const char*>(io.mask.data.data) + b * io.mask.batch_stride * size;
