@@ -1,3 +1,4 @@
+// See features.h.
 #include "cpu/features.h"
 
 #include <cstdint>

@@ -10,8 +10,8 @@
 
 #include "attend_table.h"
 #include "backend.h"
-#include "cpu/prefetch.h"
 #include "cpu/arena.h"
+#include "cpu/prefetch.h"
 #include "cpu/team.h"
 #include "cpu/types.h"
 
@@ -66,7 +66,7 @@
 namespace hff {
 namespace HFF_ISA {
 
-// Calls Function<T>(arguments...) for the T that dtype names; abi.cc has checked that it names one.
+// Calls function<T>(arguments...) for the T that dtype names; abi.cc has checked that it names one.
 #define HFF_DISPATCH(dtype, function, ...) \
   switch (dtype) {                         \
     case HFF_F32:                          \

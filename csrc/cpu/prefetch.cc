@@ -1,3 +1,4 @@
+// See prefetch.h.
 #include "cpu/prefetch.h"
 
 #include <ctime>
@@ -10,13 +11,13 @@ PrefetchChoice g_choices[kDtypes * kClasses];
 
 // Trials of a kind go champion, rival, rival, champion on each thread: neighbours make a vote, and
 // neither is always first.
-struct Turn {
+struct TrialTurn {
   int step = 0, stage = 0;
   double first = 0.0;  // seconds a byte of the pair's first call
 
   bool rival() const { return ((step + 1) & 2) != 0; }
 };
-thread_local Turn t_turns[kDtypes * kClasses];
+thread_local TrialTurn t_turns[kDtypes * kClasses];
 
 double seconds() {
   timespec now;
@@ -61,7 +62,7 @@ PrefetchTrial::PrefetchTrial(int32_t dtype, int64_t rows, double bytes)
 PrefetchTrial::~PrefetchTrial() {
   if (!open_) return;
   const double rate = (seconds() - begin_) / bytes_;
-  Turn& turn = t_turns[&choice_ - g_choices];
+  TrialTurn& turn = t_turns[&choice_ - g_choices];
   if ((turn.step & 1) == 0) {
     turn.first = rate;
     turn.stage = choice_.stage();

@@ -1,16 +1,18 @@
 // How row kernels that walk weights in order ask memory for them, for up to kTriedRows rows of
-// inputs. HFF_PREFETCH_LINE: the very line, which only marks it as read once: the fastest where the
-// hardware looks far enough ahead by itself and more requests get in its way. HFF_PREFETCH_AHEAD:
-// kAhead bytes ahead of the loads, which hides memory's latency where the hardware looks less far.
-// HFF_PREFETCH_TO_L2: the same into L2, which more requests can wait for than L1 has fill buffers;
-// what it leaves there costs the caller, so it has to be faster by kMarginOfL2. No manual says which:
-// the first calls of a process that read more weights than caches hold try a pair in turn, then the
-// faster of it and the third, and what wins stays, for each dtype, for one row and for two.
-// Share of the read stream on a 2-core Zen 4 VM, (50304, 768) weights, ahead | line: one row bf16
+// inputs. No bit depends on it.
+//   HFF_PREFETCH_LINE:  the very line, which only marks it as read once. The fastest where the
+//     hardware looks far enough ahead by itself and more requests get in its way.
+//   HFF_PREFETCH_AHEAD: kAhead bytes ahead of the loads, which hides memory's latency where the
+//     hardware looks less far.
+//   HFF_PREFETCH_TO_L2: the same into L2, which more requests can wait for than L1 has fill buffers.
+//     What it leaves there costs the caller, so it has to be faster by kMarginOfL2.
+// No manual says which. The first calls of a process that read more weights than caches hold try
+// AHEAD and LINE in turn, then the faster of them and TO_L2. What wins stays, for each dtype, for one
+// row and for two.
+// Share of the read stream on a 2-core Zen 4 VM, (50304, 768) weights, AHEAD | LINE: one row bf16
 // 0.92 | 1.00, fp16 0.86 | 0.99, fp32 0.79 | 0.90; two rows bf16 0.76 | 0.97, fp16 0.51 | 0.47. On
-// Zen 5, where 1 KB ahead streams at 36 GB/s and 2 KB at 40 to 43, ahead is known to pay; on a
-// 2-core Sapphire Rapids VM to L2: twelve layers of Pythia-160m bf16 take 8.8 | 7.6 ms line | to L2.
-// No bit depends on it.
+// Zen 5, 1 KB ahead streams at 36 GB/s and 2 KB at 40 to 43. On a 2-core Sapphire Rapids VM twelve
+// layers of Pythia-160m bf16 take 8.8 ms by LINE, 7.6 by TO_L2.
 #pragma once
 
 #include <atomic>

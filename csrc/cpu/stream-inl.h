@@ -6,7 +6,6 @@ namespace hff {
 namespace HFF_ISA {
 
 constexpr int64_t kStreamAhead = 2048;
-
 constexpr int64_t kPiece = 256 * 1024;
 
 struct StreamRun {
@@ -37,9 +36,9 @@ struct StreamRun {
 };
 
 static void read_stream(const void* data, int64_t bytes, int32_t threads) {
-  Counter counters[256];
+  Counter counters[HFF_MAX_THREADS];
   StreamRun run{static_cast<const char*>(data), bytes, counters, {0}};
-  run_on_team(threads > 255 ? 255 : threads, StreamRun::work, &run);
+  run_on_team(threads, StreamRun::work, &run);  // on HFF_MAX_THREADS at most
 }
 
 }  // namespace HFF_ISA

@@ -1,5 +1,4 @@
-// Element types as they lie in memory, and their scalar conversions (round to nearest even, NaN
-// kept quiet).
+// Element types as they lie in memory; vec-inl.h converts them.
 #pragma once
 
 #include <cstdint>

@@ -342,14 +342,5 @@ HFF_INLINE void store_n(F a, T* p, int64_t n) {
 }
 #endif
 
-// Largest lane, NaN if any lane is NaN.
-HFF_INLINE float max_lane(F a) {
-  float lanes[kLanes];
-  store(a, lanes);
-  float best = lanes[0];
-  for (int i = 1; i < kLanes; ++i) best = lanes[i] > best || lanes[i] != lanes[i] ? lanes[i] : best;
-  return best;
-}
-
 }  // namespace HFF_ISA
 }  // namespace hff
