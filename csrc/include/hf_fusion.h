@@ -1,13 +1,14 @@
 /* hf_fusion.h: the C ABI of hf_fusion's kernels. C99, no torch, no Python.
- * 
+ *
  * Every size is a 64-bit element count unless its name says bytes; every stride is in elements.
  * Buffers carry their length in bytes: a call whose shapes or strides reach past a buffer is
- * refused before anything is read or written. A call that does not return HFF_OK has written no
- * output and left every cache length as it was; hff_last_error() then holds one sentence with the
- * offending name and value (per thread). Struct sizes travel with the structs; a caller built
- * against another layout gets HFF_INVALID. Calls are thread-safe. Inputs are const; outputs must
- * not overlap inputs, but where it says so.
- * */
+ * refused before anything is read or written. A call that does not return HFF_OK has left every
+ * cache length as it was and, unless it is one of several steps (hff_model_io), has written no
+ * output. hff_last_error() then holds one sentence with the offending name and value (per thread).
+ * Struct sizes travel with the structs; a caller built against another layout gets HFF_INVALID.
+ * Calls are thread-safe. Inputs are const; outputs must not overlap inputs, except where a struct
+ * says so.
+ */
 #ifndef HF_FUSION_H
 #define HF_FUSION_H
 
@@ -48,8 +49,9 @@ enum {
   HFF_ACT_SILU = 4
 };
 enum { HFF_NORM_LAYER = 0, HFF_NORM_RMS = 1 };
-/* parallel: y = mlp(norm2(x)) + attn(norm1(x)) + x; sequential: a = attn(norm1(x)) + x, y =
- * mlp(norm2(a)) + a; post-norm: a = norm1(attn(x) + x), y = norm2(mlp(a) + a) */
+/* PARALLEL:   y = mlp(norm2(x)) + attn(norm1(x)) + x
+ * SEQUENTIAL: a = attn(norm1(x)) + x, y = mlp(norm2(a)) + a
+ * POST_NORM:  a = norm1(attn(x) + x), y = norm2(mlp(a) + a) */
 enum { HFF_RESIDUAL_PARALLEL = 0, HFF_RESIDUAL_SEQUENTIAL = 1, HFF_RESIDUAL_POST_NORM = 2 };
 /* rows of the fused projection: per head q|k|v (GPT-NeoX), or all q heads, all k, all v */
 enum { HFF_QKV_PER_HEAD = 0, HFF_QKV_STACKED = 1 };
@@ -64,8 +66,8 @@ enum { HFF_DEVICE_CPU = 0, HFF_DEVICE_CUDA = 1 };
 enum { HFF_PLAN_AUTO = 0, HFF_PLAN_CHAIN = 1, HFF_PLAN_TOKEN = 2 };
 /* ATTENTION: attn(norm1(x)); ATTENTION_UP: that, and act(up(norm2(.))); FULL: the whole layer */
 enum { HFF_STAGE_ATTENTION = 0, HFF_STAGE_ATTENTION_UP = 1, HFF_STAGE_FULL = 2 };
-/* Attention kernels. NAIVE: every score in memory; TILED: the scores of a block of queries, products
- * in tiles; FLASH: online softmax, no scores in memory */
+/* Attention kernels. NAIVE: every score in memory; TILED: the scores of a block of queries,
+ * products in tiles; FLASH: online softmax, no scores in memory */
 enum { HFF_ATTEND_NAIVE = 0, HFF_ATTEND_TILED = 1, HFF_ATTEND_FLASH = 2 };
 /* BOOL: uint8, nonzero = attend; INT64: nonzero = attend; ADDITIVE: dtype of the call, added to the
  * scaled score */
@@ -81,11 +83,11 @@ typedef struct {
   int64_t bytes;
 } hff_output;
 
-/* y = W x + b, torch.nn.Linear layout */
+/* A matrix of y = W x + b, in torch.nn.Linear layout. */
 typedef struct {
   hff_input weight;   /* (rows, cols), rows row_stride apart, elements of a row contiguous */
   hff_input bias;     /* (rows) or null */
-  hff_input packed;   /* the weight as hff_pack wrote it, or null: matrix kernels then pack as they go */
+  hff_input packed;   /* the weight as hff_pack wrote it; null: matrix kernels pack as they go */
   int64_t rows, cols, row_stride;
 } hff_linear;
 
@@ -96,7 +98,7 @@ typedef struct {
   int32_t kind;       /* HFF_NORM_* */
 } hff_norm;
 
-/* heads of one attention: q heads share k/v heads in groups of heads / kv_heads */
+/* Heads of one attention: q heads share k/v heads in groups of heads / kv_heads. */
 typedef struct {
   int64_t heads, kv_heads, head_dim;
   int64_t rotary_dim; /* leading dims RoPE rotates, i with i + rotary_dim / 2; may be 0 */
@@ -203,8 +205,8 @@ typedef struct {
 /* ids: int64 (batch, queries), strides below, or null with x: (rows, hidden) contiguous.
  * logits: (batch, keep, head.rows) contiguous, the last `keep` queries of each batch row; null
  * without a head, and with starts.
- * hidden: (rows, hidden) contiguous, after the final norm; may be null where logits is given. On the
- * CPU it may be the memory of x.
+ * hidden: (rows, hidden) contiguous, after the final norm; may be null where logits is given. On
+ * the CPU it may be the memory of x.
  * next: int64 (batch, steps) contiguous, the index of the largest logit of each batch row's last
  * query: the first NaN or, without one, the first of equals. May be null; on CUDA it may be the
  * memory of ids, on the CPU it needs logits.
@@ -251,7 +253,7 @@ typedef struct {
   int32_t arch;         /* 10 * compute capability: 900 is sm_90 */
   int32_t sms;
   int64_t shared_bytes; /* per block, opt-in */
-  int32_t host_memory;  /* 1: device memory is the host's: kernels run emulated, in test builds only */
+  int32_t host_memory;  /* 1, in test builds: kernels run emulated on the host's memory */
   int32_t reserved;
 } hff_device;
 
@@ -293,11 +295,12 @@ typedef struct {
   int64_t scratch_bytes, workspace_bytes;
 } hff_attend_plan;
 
-/* A whole model: embedding, layers, final norm, head, for any number of rows. caches: block_count of
- * them, or null: then nothing is kept, and queries see the call's own keys. Few rows go through row
- * kernels, one pass over the weights as they lie; many through matrix kernels. */
+/* A whole model: embedding, layers, final norm, head, for any number of rows. caches: block_count
+ * of them, or null: then nothing is kept, and queries see the call's own keys. Few rows go through
+ * row kernels, one pass over the weights as they lie; many through matrix kernels. */
 HFF_API hff_status hff_model_forward(const hff_call*, const hff_model*, const hff_cache* caches,
-                              const hff_model_io*);
+                                     const hff_model_io*);
+/* One layer; the cache may be null likewise. */
 HFF_API hff_status hff_block_forward(const hff_call*, const hff_block*, const hff_cache*,
                                      const hff_block_io*);
 HFF_API hff_status hff_linear_forward(const hff_linear*, const hff_linear_io*);
@@ -318,31 +321,31 @@ HFF_API hff_status hff_pack(const hff_linear*, int32_t dtype, int32_t precision,
  * times the lines of the longest row see every element. 0 where a struct contradicts itself. */
 HFF_API uint64_t hff_fingerprint(const hff_linear*, int64_t count, int32_t dtype, int64_t phase);
 
-/* HFF_UNSUPPORTED, with the reason in hff_last_error(), where the build, the driver or the device is
- * absent or too old */
+/* HFF_UNSUPPORTED, with the reason in hff_last_error(), where the build, the driver or the device
+ * is absent or too old. */
 HFF_API hff_status hff_describe_device(int32_t device, int32_t ordinal, hff_device* out);
-/* Bytes of workspace that calls like this one need, on the device it names; 0 where hff_last_error()
- * says why it cannot run there. A single layer is a model of one block without embedding or head. */
+/* Bytes of workspace that calls like this one need, on the device it names; 0 where
+ * hff_last_error() says why it cannot run there. A single layer is a model of one block without
+ * embedding or head. */
 HFF_API int64_t hff_workspace_bytes(const hff_call*, const hff_model*);
 
 HFF_API int32_t hff_abi_version(void);
-/* sizeof the structs above in order of declaration, from hff_input (0) to hff_attend_plan (18); 0 past
- * the end */
+/* sizeof the structs above in order of declaration, from hff_input (0) to hff_attend_plan (18); 0
+ * past the end. */
 HFF_API uint64_t hff_struct_size(int32_t index);
 HFF_API const char* hff_last_error(void);
-/* Bytes of scratch that the last call of this thread took, for all its threads. For the next, a call
- * of few rows keeps them, of many rows a megabyte at most, hff_attend 64. */
+/* Bytes of scratch that the last call of this thread took, for all its threads. A call of few rows
+ * keeps them for the next, one of many rows 1 MB of them at most, hff_attend 64 MB. */
 HFF_API int64_t hff_scratch_bytes(void);
 
-/* Instruction sets in rising order. name: "scalar", "avx2", "avx512", "avx512_bf16",
- * "amx"; null past the
+/* Instruction sets in rising order: "scalar", "avx2", "avx512", "avx512_bf16", "amx"; null past the
  * end. *reason: null where this build and CPU have it, else why not. */
 HFF_API const char* hff_isa_name(int32_t index, const char** reason);
-/* null: HF_FUSION_ISA if set, else the best. The choice holds for the process until the next call
- * of this. */
+/* Chooses an instruction set for the process, until the next call of this. null: HF_FUSION_ISA if
+ * set, else the best. */
 HFF_API hff_status hff_select_isa(const char* name);
-/* the chosen one; chooses as hff_select_isa(null) would if none is; null (see hff_last_error) if
- * that fails */
+/* The chosen one. Where none is, chooses as hff_select_isa(null); null (see hff_last_error) where
+ * that fails. */
 HFF_API const char* hff_isa(void);
 
 /* Runs calls on the threads of an OpenMP runtime that the process has loaded: its GOMP_parallel,
@@ -353,7 +356,8 @@ HFF_API hff_status hff_use_openmp(void* parallel, void* thread_num, void* num_th
 /* Asks the kernel to back [data, data + bytes) by huge pages in place. Returns the bytes now so
  * backed, 0 if none. */
 HFF_API int64_t hff_huge_pages(const void* data, int64_t bytes);
-/* the very line, or one ahead, non-temporally; one ahead into L2 */
+/* How a line of weights is asked for. LINE: itself, non-temporally; AHEAD: one ahead, likewise;
+ * TO_L2: one ahead, into L2 */
 enum { HFF_PREFETCH_LINE = 0, HFF_PREFETCH_AHEAD = 1, HFF_PREFETCH_TO_L2 = 2 };
 /* How row kernels ask memory for weights in calls of `rows` rows, 1 or 2, of dtype HFF_*: the
  * HFF_PREFETCH_* that the first 24 to 256 hff_model_forward over 24 MB of weights or more, on one
