@@ -215,8 +215,8 @@ struct Exchange {
     return sum;
   }
 
-  // Rows `first`, first + warps, ..., kRowsInFlight of them where they are below `end`, in the head's
-  // columns: lanes along the columns, and the loads of all rows at once.
+  // Rows `first`, first + warps, ..., kRowsInFlight of them where they are below `end`, in the
+  // head's columns: lanes along the columns, and the loads of all rows at once.
   HFF_DEVICE void o_rows_from(int first, int end, float* parts) {
     const int columns = group * p.shape.head_dim, warps = w.group.warps();
     const T* weight = static_cast<const T*>(p.layer.o.weight) + program.kv_head * columns;

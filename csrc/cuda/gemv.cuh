@@ -89,9 +89,9 @@ HFF_DEVICE float activate(float x, int activation) {
   }
 }
 
-// store(row of the matrix, b, W x + bias) for the CTA's rows of one matrix and all `batch`, once for
-// each, by the threads in turn; several passes where the sums have no room for all. Begins after a
-// barrier that made x visible, ends with one.
+// store(row of the matrix, b, W x + bias) for the CTA's rows of one matrix and all `batch`, once
+// for each, by the threads in turn; several passes where the sums have no room for all. Begins
+// after a barrier that made x visible, ends with one.
 template <class T, int kBatch, class S, class Store>
 HFF_DEVICE void project(S& stream, const Group& group, const Span& span, const T* bias, int batch,
                         const T* x, int stride, float* sums, int sum_count, const Store& store) {

@@ -126,7 +126,7 @@ struct Source {
   const void* x;  // (batch, hidden) T; or, where both are null, Scratch::x
 };
 
-// What one CTA reads of one matrix: `count` rows of `pieces` pieces, `stride` bytes from row to row.
+// What one CTA reads of one matrix: `count` rows of `pieces` pieces, rows `stride` bytes apart.
 struct Span {
   const char* weight;
   int64_t stride;
@@ -135,7 +135,7 @@ struct Span {
   int32_t piece, last;  // bytes of a row's pieces but the last, of the last
 };
 
-// A warp's unit of a span, `step` units on each time: row and piece are moved on without a division.
+// A warp's unit of a span, `step` units on each time: row and piece move on without a division.
 struct Unit {
   int32_t row, piece;
   int32_t rows_on, pieces_on;  // step / pieces, step % pieces

@@ -2,21 +2,20 @@
 // logit.
 //
 // One CTA an SM, all resident, two kinds of warps that share nothing but counters:
-//   Streamer  kStreamWarps warps multiply: phase A (qkv and up, from norms of x), then phase C
-//   (down
+//   Streamer  kStreamWarps warps multiply: phase A (qkv and up, from norms of x), then phase C (down
 //             from up, o from context, plus x), layer after layer, then the head. Their rings run
 //             ahead of every wait.
-//   Attender  kAttendWarps warps attend to (batch row, head, split) items meanwhile: beside the
-//   down
+//   Attender  kAttendWarps warps attend to (batch row, head, split) items meanwhile: beside the down
 //             projection, which does not need them.
-// Waits between CTAs, a layer with parallel residual: `ready` (all of [qkv | up] stored) by both
-// kinds, `attended` (all contexts stored) before the o projection only, `summed` (the residual
-// stream stored) before the next layer: two that everyone passes, one that is hidden. Sequential
-// residual: qkv | attention | o | up | down, four. A wait: a barrier of the group, one release-add
-// by its first thread; one thread polls by acquire, a barrier. Counters rise by the number of CTAs
-// a hop, targets with them, and the last CTA to finish sets them to zero and moves the cache
-// lengths. Bytes: every weight once, the cache once (twice what a second query head of a group
-// reads, from L2); activations are a thousandth. The bound is the memory's read stream.
+// Waits between CTAs, parallel residual: `ready` (all of [qkv | up] stored) by both kinds,
+// `attended` (all contexts stored) before the o projection only, `summed` (the residual stream
+// stored) before the next layer: a layer has two that everyone passes and one that is hidden.
+// Sequential residual: qkv | attention | o | up | down, four.
+// A wait: a barrier of the group, one release-add by its first thread; one thread polls by acquire,
+// a barrier. Counters rise by the number of CTAs a hop, targets with them. The last CTA to finish
+// sets them to zero and moves the cache lengths.
+// Bytes: every weight once, the cache once (twice what a second query head of a group reads, from
+// L2); activations are a thousandth. Bound: the memory's read stream.
 #pragma once
 
 #include "cuda/phases.cuh"
