@@ -56,8 +56,8 @@ HFF_INLINE void tile_store(float* p, int64_t stride_bytes) {
     std::memcpy(reinterpret_cast<char*>(p) + r * stride_bytes, t_tiles.c[I][r], 64);
 }
 #else
-// Configures the eight tiles as 16 rows of 64 bytes for its lifetime. In asm, since GCC's intrinsics
-// name 8 of the 64 bytes as read: it then drops the stores to the others.
+// Configures the eight tiles as 16 rows of 64 bytes for its lifetime. In asm, since GCC's
+// intrinsics name 8 of the 64 bytes as read: it then drops the stores to the others.
 struct TileScope {
   TileConfig found;
   TileScope() {

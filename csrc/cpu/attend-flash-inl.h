@@ -7,8 +7,9 @@
 //   its rows in tiles of registers (gemm-inl.h): scores, weights and product of a tile stay in L1.
 //   Up to kSplitRows rows of a k/v head are split over keys, kSplit at a time: the size is fixed,
 //   so no bit depends on threads or batch; the splits' results are merged in their order. Up to
-//   kRowwise rows (decode) take keys and values as they lie (attention-inl.h), a chunk at a time for
-//   all heads of a group, which share its loads kTogether at a time where they see the same keys.
+//   kRowwise rows (decode) take keys and values as they lie (attention-inl.h), a chunk at a time
+//   for all heads of a group, which share its loads kTogether at a time where they see the same
+//   keys.
 // Scratch per thread: queries and context of a block, panels of a block of keys; no term grows with
 //   queries or keys but the splits' results.
 // Bytes: K and V once per block of rows, or once per decode. Bound: multiply-adds; decode: the read

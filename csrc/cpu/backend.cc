@@ -126,8 +126,8 @@ void trim_thread_scratch(int64_t most) {
   t_scratch.bytes = 0;
 }
 
-// Every HFF_SAMPLED_ROWS-th row by one line of it, each word mixed by a multiplication. The lines lie
-// pages apart: those of kAheadRows sampled rows are under way at a time.
+// Every HFF_SAMPLED_ROWS-th row by one line of it, each word mixed by a multiplication. The lines
+// lie pages apart: those of kAheadRows sampled rows are under way at a time.
 uint64_t fingerprint(const hff_linear& l, int64_t size, int64_t phase, uint64_t sum) {
   constexpr int64_t kLine = 64, kAheadRows = 24;
   constexpr uint64_t kMix = 0x9e3779b97f4a7c15;

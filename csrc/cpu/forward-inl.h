@@ -9,8 +9,9 @@ namespace HFF_ISA {
 // Most rows for which row kernels stream the weights faster than matrix kernels pack them. Time of
 // row kernels over that of matrix kernels, (3072, 768) weights past the caches, 2-core Zen 5: bf16
 // 0.55 at 16 rows, 0.91 at 32, 1.03 at 48; fp32 0.79 at 8, 1.03 at 12, 1.45 at 24; fp16 0.92 at 16,
-// 1.31 at 32. Sapphire Rapids: bf16, by AMX, 0.93 at 8, 1.5 at 12, 1.9 at 16; fp32 0.82, 1.03, 1.29;
-// fp16 0.62, 0.96, 1.14. One number for all, since up to it a row's bits do not depend on the batch.
+// 1.31 at 32. Sapphire Rapids: bf16, by AMX, 0.93 at 8, 1.5 at 12, 1.9 at 16; fp32 0.82, 1.03,
+// 1.29; fp16 0.62, 0.96, 1.14. One number for all, since up to it a row's bits do not depend on the
+// batch.
 constexpr int64_t kFewRows = 16;
 
 // ---- one layer ----------------------------------------------------------------------------------

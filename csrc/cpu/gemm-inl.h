@@ -1,8 +1,8 @@
 // C = A W^T for many rows, through panels (pack-inl.h): the matrix kernels of prefill and encoders.
 //   A: (rows, stride) in the product's Stored type, rounded to the model dtype as Hugging Face's
 //   Linear sees it; k past the end zero. W: (W rows, cols), model dtype. C: fp32 in registers
-//   (gemm-tile-inl.h), then through a tile buffer into the epilogue of the caller: bias, activation,
-//   residual, store.
+//   (gemm-tile-inl.h), then through a tile buffer into the epilogue of the caller: bias,
+//   activation, residual, store.
 // Work split: a unit is a group of panels by a strip of A's rows (GemmUnits). It walks its rows in
 //   tiles of up to kTileRows and each tile through all panels of the group, so A comes from L2 once
 //   a group and the group stays in L2. 16-bit rows that are multiplied in fp32 are widened there, a
@@ -40,8 +40,8 @@ HFF_INLINE Size operand_rows(int64_t rows) {
 }
 
 // Whether rows of `cols` T each are A as they lie, without a copy: of the stored type, whole steps
-// of k, as many rows as tiles read. Not 4 KB apart: a tile's would share one set of L1, and a product
-// of 2048^3 takes 1.25 times as long.
+// of k, as many rows as tiles read. Not 4 KB apart: a tile's would share one set of L1, and a
+// product of 2048^3 takes 1.25 times as long.
 template <class T, class P>
 HFF_INLINE bool lie_as_operands(int64_t rows, int64_t cols) {
   return std::is_same<typename P::Stored, T>::value && P::kParts == 1 && P::padded(cols) == cols &&
@@ -84,8 +84,8 @@ HFF_INLINE void store_input(F v, E* row, int64_t k, int64_t n) {
   }
 }
 
-// Where a product goes: row r, column j at data + (r stride + j) element_bytes. `adds`: whole panels
-// are added there, in fp32, in place of what else is done with a tile.
+// Where a product goes: row r, column j at data + (r stride + j) element_bytes. `adds`: whole
+// panels are added there, in fp32, in place of what else is done with a tile.
 struct Target {
   void* data;
   int64_t stride, element_bytes;
@@ -124,8 +124,8 @@ constexpr int64_t group_bytes() {
   return (widens<P>() ? 192 : 128) * 1024;
 }
 
-// The same where AMX multiplies packed panels and A is larger than a part of L2: A comes from L3 for
-// every group, and tiles would wait for it. 0.75 of the time of 2048^3 on Sapphire Rapids.
+// The same where AMX multiplies packed panels and A is larger than a part of L2: A comes from L3
+// for every group, and tiles would wait for it. 0.75 of the time of 2048^3 on Sapphire Rapids.
 constexpr int64_t kFarGroupBytes = 640 * 1024, kNearBytesOfA = 512 * 1024;
 
 // ---- units --------------------------------------------------------------------------------------
@@ -192,8 +192,8 @@ struct GemmUnits {
   HFF_ALWAYS_INLINE int64_t count() const { return groups * strips; }
 };
 
-// Elements of a thread's scratch: the rows of a tile, widened; behind them the panels of a group. In
-// all, for any product of up to `cols` columns.
+// Elements of a thread's scratch: the rows of a tile, widened; behind them the panels of a group.
+// In all, for any product of up to `cols` columns.
 template <class P>
 HFF_INLINE int64_t widened_room(int64_t cols) {
   constexpr int64_t kInputs = sizeof(typename P::Input) / sizeof(typename P::Element);

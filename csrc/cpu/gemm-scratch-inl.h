@@ -1,7 +1,9 @@
-// Scratch of a call of many rows (gemm-block-inl.h), and how its layers are cut so that it is small.
-//   per row: hidden in fp32 and as an operand, then the larger of a slice's q, k, v and context, and
-//   of a slice of the MLP's width; per thread a tile's rows and a product's panels, or attention's
-//   blocks. A model's pass keeps the operand in its result, where that can hold it.
+// Scratch of a call of many rows (gemm-block-inl.h), and how its layers are cut so that it is
+// small.
+//   per row: hidden in fp32 and as an operand; then q, k, v and context of a slice of heads, or a
+//     slice of the MLP's width, whichever is larger
+//   per thread: a tile's rows and a product's panels, or attention's blocks
+// A model's pass keeps the operand in its result, where that can hold it.
 
 namespace hff {
 namespace HFF_ISA {
@@ -64,7 +66,7 @@ struct GemmScratch {
     return reinterpret_cast<Element*>(own + thread * own_room);
   }
 
-  // lent: (rows, hidden) that lie as operands, the caller's until the last layer has ended; or null.
+  // lent: (rows, hidden) that lie as operands, free until the last layer has ended; or null.
   void carve(Arena* arena, const hff_call& call, const hff_block* blocks, int64_t count,
              int64_t hidden, int64_t row_count, int32_t stage, T* lent) {
     int64_t qkv_width = 1, context_width = 1, mlp_width = 1, flash_room = 0, cols = hidden;

@@ -111,7 +111,7 @@ HFF_INLINE auto with_product(int32_t precision, Function function) {
   return function(Plain<T>{});
 }
 
-// ---- 32-bit words, kLanes at a time --------------------------------------------------------------
+// ---- 32-bit words, kLanes at a time -------------------------------------------------------------
 
 #if defined(__AVX512F__)
 using Words = __m512i;
@@ -222,8 +222,8 @@ HFF_INLINE Words words_of(F v) {
   return out;
 }
 
-// Stores n values of v as inputs of a product, rounded; bf16 denormals, which count as zero there, as
-// zero.
+// Stores n values of v as inputs of a product, rounded; bf16 denormals, which count as zero there,
+// as zero.
 HFF_INLINE void store_input_n(F v, float* p, int64_t n) { store_n(v, p, n); }
 HFF_INLINE void store_input_n(F v, f16* p, int64_t n) { store_n(v, p, n); }
 HFF_INLINE void store_input_n(F v, bf16* p, int64_t n) {

@@ -98,8 +98,8 @@ class Case {
   virtual bool has_rows(int64_t, int64_t) const { return true; }
   // Calls with structs that `change` may spoil.
   virtual hff_status call_changed(const std::function<void(std::vector<Field>&)>& change) = 0;
-  // Steps that the case has room for, 0 where it is no such call; and `steps` of them, in one call or
-  // in a call each, with their tokens, (batch, steps); a call each checks what is drawn.
+  // Steps that the case has room for, 0 where it is no such call; and `steps` of them, in one call
+  // or in a call each, with their tokens, (batch, steps); a call each checks what is drawn.
   virtual int64_t most_steps() const { return 0; }
   virtual hff_status call_steps(int64_t, bool, int32_t, std::vector<int64_t>*) {
     return HFF_INVALID;
@@ -274,8 +274,8 @@ int32_t draw_dtype(Random& random, const Design& design);
 void spoil_unseen(Random& random, const CallData& call, const CacheData& cache);
 int32_t draw_precision(Random& random);
 int32_t draw_residual(Random& random);
-// Few rows or many, with a cache or without, ragged or not (then without RoPE), causality, positions,
-// rotary tables and mask.
+// Few rows or many, with a cache or without, ragged or not (then without RoPE), causality,
+// positions, rotary tables and mask.
 CallData draw_call(Random& random, Arena& arena, const Design& design, int32_t dtype,
                    HeadsData& heads, bool one_for_all);
 // The cache of a call, appended rows among the results; nothing for a call without.

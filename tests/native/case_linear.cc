@@ -1,4 +1,4 @@
-// hff_linear_forward: y = act(W x + b) for a few rows in one pass over W, and for many through panels.
+// hff_linear_forward, y = act(W x + b): for a few rows in one pass over W, for many through panels.
 #include "case.h"
 
 namespace hff_test {

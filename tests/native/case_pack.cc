@@ -1,5 +1,5 @@
-// hff_pack: a weight as panels. What they hold is the library's own affair (the linear case multiplies
-// by them); here: every byte is written, none depends on what was there or on threads.
+// hff_pack: a weight as panels. What they hold is the library's own affair (the linear case
+// multiplies by them); here: every byte is written, none depends on what was there or on threads.
 #include "case.h"
 
 namespace hff_test {

@@ -1,5 +1,5 @@
-// What a call works on, as test data: cache, mask, and hff_call with its positions, rotary tables and
-// ragged sequences.
+// What a call works on, as test data: cache, mask, and hff_call with its positions, rotary tables
+// and ragged sequences.
 #ifndef HFF_TESTS_DATA_H
 #define HFF_TESTS_DATA_H
 

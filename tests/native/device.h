@@ -22,8 +22,8 @@ struct Device {
 bool select_isa(const std::string& isa);
 bool on_device();
 Device& device();
-// Any of sm_80 to sm_120, 1 to 9 multiprocessors, either plan; few may have all their warps. Nothing
-// on the CPU.
+// Any of sm_80 to sm_120, 1 to 9 multiprocessors, either plan; few may have all their warps.
+// Nothing on the CPU.
 void draw_device(Random& random);
 std::string describe_device();  // "" on the CPU
 

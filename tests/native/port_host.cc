@@ -101,7 +101,7 @@ void races(HFF_PARAM(Eights) p) {
   if (shared[0] == 63.0f) trap("63 came last");
 }
 
-// Threads below `early` read before they wait for the launch ahead, those from `late` on do not wait.
+// Threads below `early` read before they wait for the launch ahead; from `late` on none waits.
 struct Dependent {
   float* x;
   int early, late;

@@ -1,5 +1,5 @@
-// Row 8: valid calls with one field that contradicts the others, each field that counts in turn. The
-// library refuses.
+// Row 8: valid calls with one field that contradicts the others, each field that counts in turn.
+// The library refuses.
 #include <climits>
 #include <map>
 
