@@ -200,7 +200,7 @@ def check_encoder_mask(mask, batch, length, binding) -> None:
 
 
 def check_rope(rope: Any, batch: int, queries: int, binding: LayerBinding) -> None:
-    """Raises FusionError unless `rope` is (cos, sin) of (B|1, q, rotary_dim) in the model's dtype."""
+    """Raises FusionError unless `rope` is (cos, sin), (B|1, q, rotary_dim) in the model's dtype."""
     if type(rope) is not tuple or len(rope) != 2:
         raise FusionError(Reason.POSITIONS, "position_embeddings are not a tuple of cos and sin")
     for tensor in rope:

@@ -159,7 +159,7 @@ class GrowableLayer(DynamicLayer):
     # How the two states change into each other
 
     def _pack(self, buffers: tuple, length: int, layout: Layout) -> None:
-        # an interrupt may come between any two of these: the layout, which `reserve` trusts, is last
+        # an interrupt may come between any two lines: the layout, which `reserve` trusts, is last
         self._layout, self._spare, self.native_caches = None, None, None
         self._cell.value = length
         self.dtype, self.device = buffers[0].dtype, buffers[0].device

@@ -4,11 +4,11 @@
 //     hardware looks far enough ahead by itself and more requests get in its way.
 //   HFF_PREFETCH_AHEAD: kAhead bytes ahead of the loads, which hides memory's latency where the
 //     hardware looks less far.
-//   HFF_PREFETCH_TO_L2: the same into L2, which more requests can wait for than L1 has fill buffers.
-//     What it leaves there costs the caller, so it has to be faster by kMarginOfL2.
+//   HFF_PREFETCH_TO_L2: the same into L2, which more requests can wait for than L1 has fill
+//     buffers. What it leaves there costs the caller, so it has to be faster by kMarginOfL2.
 // No manual says which. The first calls of a process that read more weights than caches hold try
-// AHEAD and LINE in turn, then the faster of them and TO_L2. What wins stays, for each dtype, for one
-// row and for two.
+// AHEAD and LINE in turn, then the faster of them and TO_L2. What wins stays, for each dtype, for
+// one row and for two.
 // Share of the read stream on a 2-core Zen 4 VM, (50304, 768) weights, AHEAD | LINE: one row bf16
 // 0.92 | 1.00, fp16 0.86 | 0.99, fp32 0.79 | 0.90; two rows bf16 0.76 | 0.97, fp16 0.51 | 0.47. On
 // Zen 5, 1 KB ahead streams at 36 GB/s and 2 KB at 40 to 43. On a 2-core Sapphire Rapids VM twelve

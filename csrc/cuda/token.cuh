@@ -2,11 +2,11 @@
 // logit.
 //
 // One CTA an SM, all resident, two kinds of warps that share nothing but counters:
-//   Streamer  kStreamWarps warps multiply: phase A (qkv and up, from norms of x), then phase C (down
-//             from up, o from context, plus x), layer after layer, then the head. Their rings run
-//             ahead of every wait.
-//   Attender  kAttendWarps warps attend to (batch row, head, split) items meanwhile: beside the down
-//             projection, which does not need them.
+//   Streamer  kStreamWarps warps multiply: phase A (qkv and up, from norms of x), then phase C
+//             (down from up, o from context, plus x), layer after layer, then the head. Their rings
+//             run ahead of every wait.
+//   Attender  kAttendWarps warps attend to (batch row, head, split) items meanwhile: beside the
+//             down projection, which does not need them.
 // Waits between CTAs, parallel residual: `ready` (all of [qkv | up] stored) by both kinds,
 // `attended` (all contexts stored) before the o projection only, `summed` (the residual stream
 // stored) before the next layer: a layer has two that everyone passes and one that is hidden.
