@@ -17,6 +17,8 @@ import torch
 from . import native
 
 _LINE = 64
+# names of torch.backends for what lies below fp32
+_PRECISIONS = {"tf32": native.PRECISIONS["high"], "bf16": native.PRECISIONS["medium"]}
 
 
 def team_width() -> int:
@@ -24,14 +26,14 @@ def team_width() -> int:
     return min(torch.get_num_threads(), native.MAX_THREADS)
 
 
-def fp32_precision() -> int:
-    """What a native call may do with fp32 products, as torch.set_float32_matmul_precision says."""
-    return native.PRECISIONS[torch.get_float32_matmul_precision()]
-
-
-def _precision_for(dtype: int) -> int:
-    # it changes nothing but fp32 products
-    return fp32_precision() if dtype == native.F32 else 0
+def precision_of(dtype: int) -> int:
+    """What torch lets products of `dtype` be computed in; it says so of fp32 alone."""
+    if dtype != native.F32:
+        return 0
+    try:
+        return native.PRECISIONS[torch.get_float32_matmul_precision()]
+    except RuntimeError:  # torch.backends has been set otherwise: mkldnn's is the CPU's
+        return _PRECISIONS.get(torch.backends.mkldnn.matmul.fp32_precision, 0)
 
 
 def _whole_lines(size: int) -> int:
@@ -40,8 +42,7 @@ def _whole_lines(size: int) -> int:
 
 def packed_size(dtype: int, rows: int, cols: int) -> int:
     """Bytes that the panels of a matrix take in a PackedWeights."""
-    library = native.load()
-    return _whole_lines(library.hff_packed_bytes(dtype, _precision_for(dtype), rows, cols))
+    return _whole_lines(native.load().hff_packed_bytes(dtype, precision_of(dtype), rows, cols))
 
 
 class PackedWeights:
@@ -53,7 +54,7 @@ class PackedWeights:
     def __init__(self, linears: list[native.Linear], weights: list[torch.Tensor], dtype: int):
         library = native.load()
         self._library, self._weights, self._dtype = library, weights, dtype
-        self._isa, self._precision = native.isa(), _precision_for(dtype)
+        self._isa, self._precision = native.isa(), precision_of(dtype)
         threads = team_width()
         sizes = [library.hff_packed_bytes(dtype, self._precision, n.rows, n.cols) for n in linears]
         self.bytes = sum(map(_whole_lines, sizes))
@@ -72,7 +73,6 @@ class PackedWeights:
         self._samples = [self._sample(phase) for phase in range(native.SAMPLED_ROWS * lines)]
         self._phase, self._stale = 0, False
 
-
     def _versions_now(self) -> list[int]:
         return [-1 if weight.is_inference() else weight._version for weight in self._weights]
 
@@ -88,7 +88,7 @@ class PackedWeights:
         return not self._stale
 
     def _unchanged(self) -> bool:
-        if self._versions != self._versions_now() or self._precision != _precision_for(self._dtype):
+        if self._versions != self._versions_now() or self._precision != precision_of(self._dtype):
             return False
         phase = self._phase = (self._phase + 1) % len(self._samples)
         return self._isa == native.isa() and self._sample(phase) == self._samples[phase]

@@ -15,7 +15,7 @@ import torch
 from . import native
 from .attend import share_threads
 from .frame import Frame, Frames, framed
-from .packing import fp32_precision, packed_size, team_width
+from .packing import packed_size, precision_of, team_width
 from .report import FusionError, Reason
 from .rope import rope_of_call
 from .sampling import Sampler
@@ -95,7 +95,7 @@ class CpuBackend:
         call.dtype, call.threads = DTYPES[block.dtype], team_width()
         call.batch, call.queries = batch, queries
         call.causal = block.spec.attention.causal
-        call.precision = fp32_precision()
+        call.precision = precision_of(call.dtype)
         frame.set_starts(starts)
         mask = set_mask(frame.mask, mask, block.dtype)
         if rope is None:

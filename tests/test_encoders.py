@@ -168,6 +168,24 @@ def test_the_precision_of_fp32_products_is_torch_s(family, packed, precision, tr
             trials()
 
 
+@pytest.mark.parametrize("packed", (False, True))
+def test_a_precision_set_by_back_end_is_the_cpu_s(packed, precision):
+    pair, backends = encoder_twin("bert", "head64"), torch.backends
+    call = sample("bert", mask="right", batch=3)
+    with torch.no_grad(), hf_fusion.patched(pair.fused, "full", "cpu", packed=packed):
+        for way, name, spelled in (
+            (backends.mkldnn.matmul, "medium", "bf16"), (backends.mkldnn.matmul, "high", "tf32"),
+            (backends.mkldnn.matmul, "highest", "ieee"), (backends.cuda.matmul, "highest", "tf32"),
+        ):  # fmt: skip
+            precision(name)
+            expected = pair.fused(**call).last_hidden_state
+            precision("highest")
+            way.fp32_precision = spelled
+            with fused_hits(pair.fused, f"{name} {spelled}"):
+                hidden = pair.fused(**call).last_hidden_state
+            assert torch.equal(hidden, expected), f"{name} {spelled}"
+
+
 @pytest.mark.parametrize("packed", (False, True, None))
 def test_an_instruction_set_chosen_between_two_calls(packed, force_isa, trials):
     isas = available_isas()

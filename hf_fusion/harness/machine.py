@@ -106,7 +106,7 @@ def multiply_add_peak(dtype: torch.dtype) -> Callable[[int], float | None]:
     """
     try:
         from hf_fusion import native, structs
-        from hf_fusion.packing import PackedWeights, fp32_precision
+        from hf_fusion.packing import PackedWeights, precision_of
 
         library = native.load()
     except (ImportError, OSError, hf_fusion.FusionError):
@@ -117,8 +117,7 @@ def multiply_add_peak(dtype: torch.dtype) -> Callable[[int], float | None]:
     panels = PackedWeights([linear], [weight], kind)
     io = native.sized(native.LinearIo)
     io.dtype, io.rows, io.x, io.out = kind, n, structs.buffer(x), structs.buffer(out)
-    if kind == native.F32:
-        io.precision = fp32_precision()
+    io.precision = precision_of(kind)
 
     def measure(threads: int) -> float:
         io.threads, times = threads, []

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from .. import native
-from ..packing import fp32_precision, team_width
+from ..packing import precision_of, team_width
 from ..report import FusionError
 from ..step import CpuBackend
 from ..structs import DTYPES, buffer, linear
@@ -46,7 +46,7 @@ class NativeLinear(nn.Module):
             io = native.sized(native.LinearIo)
             io.dtype, io.threads = DTYPES[self._dtype], team_width()
             io.rows, io.activation = x.numel() // self._struct.cols, self._activation
-            io.precision, io.x, io.out = fp32_precision(), buffer(x), buffer(out)
+            io.precision, io.x, io.out = precision_of(io.dtype), buffer(x), buffer(out)
             native.check(
                 self._library.hff_linear_forward(ctypes.byref(self._struct), ctypes.byref(io))
             )
