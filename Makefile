@@ -6,7 +6,7 @@ VENV ?= .venv
 # The tested release. `make test TORCH=torch==2.12.1` installs another, also into an existing .venv.
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
-TRANSFORMERS ?= transformers==5.23.0
+TRANSFORMERS ?= transformers==5.24.0
 # CUDA kernels take two minutes to compile; without a driver they are left to the compiler gate in
 # the tests. CUDA=AUTO compiles them where nvcc is, as `pip install .` does.
 CUDA ?= $(if $(shell command -v nvidia-smi),AUTO,OFF)
