@@ -130,6 +130,15 @@ def test_configurations_and_attributes_that_were_changed_are_read(path, value):
     assert fused.stats.refused == ({} if name == "eps" else {Reason.CHANGED.value: 1})
 
 
+def test_saving_a_model_is_no_change_of_it(tmp_path):
+    model = copy.deepcopy(graphs.model("vit"))
+    model.config.architectures = model.config.dtype = None
+    fused = fuse(model, shapes=1)
+    model.save_pretrained(tmp_path)
+    fused(**example_inputs(model))
+    assert model.config.architectures and not fused.stats.refused
+
+
 def test_a_change_taken_back_is_none():
     model = copy.deepcopy(graphs.model("bert"))
     fused = fuse(model, shapes=1)

@@ -17,6 +17,8 @@ _SWITCHES = (
     "return_dict", "output_hidden_states", "output_attentions", "_output_attentions", "use_cache",
     "is_causal",
 )  # fmt: skip
+# what save_pretrained writes into a configuration, and no forward reads
+_LABELS = {"architectures", "dtype", "transformers_version"}
 _PLAIN = {bool, int, float, str, tuple, type(None), FunctionType, BuiltinFunctionType}
 _version = attrgetter("_version")
 
@@ -48,7 +50,7 @@ def _plain(model: nn.Module) -> Iterator[tuple[dict, str, Any]]:
     """
     for config in _configurations(model):
         yield from ((config, name, config.get(name)) for name in _SWITCHES)
-        yield from _public(config)
+        yield from (entry for entry in _public(config) if entry[1] not in _LABELS)
     for module in model.modules():
         yield from _public(vars(module))
 
