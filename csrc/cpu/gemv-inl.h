@@ -19,8 +19,7 @@
 //   chain after the other, while four rows and four inputs stay in L1 (kSplitBytes), else 4 x 3 x
 //   2, which two inputs take, too, where they do not stay there beside the weights (kNearBytes).
 // kTilesAhead: rows that share inputs are read again for each group of inputs, so those of the
-//   tiles to come go to L2 meanwhile. Each group asks: (3072, 3072) weights and eight inputs on Zen
-//   4, one thread, bf16 1.29 ms where only the first does, 1.17 so; fp16 1.83 and 1.46.
+//   tiles to come go to L2 meanwhile. Each group asks again, which is faster than the first alone.
 // Lost on Zen 5: four rows side by side instead of memory order (37 against 41 GB/s), blocks drawn
 //   from one counter instead of contiguous shares (36 against 41).
 // bf16 with AVX512_BF16: vdpbf16ps on pairs, fp32 sums; denormal inputs count as zero there, as in
